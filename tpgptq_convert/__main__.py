@@ -1,0 +1,3 @@
+from tpgptq_convert.cli import main
+
+main()

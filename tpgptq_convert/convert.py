@@ -1,0 +1,287 @@
+"""The one loop over the plan: load a layer, repack it for every rank of every degree, write it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+
+from tpgptq_convert.card import model_card
+from tpgptq_convert.checkpoint import Checkpoint, IntArray, Layer
+from tpgptq_convert.errors import VerificationError
+from tpgptq_convert.plan import Plan, Shard, check_zero_points
+from tpgptq_convert.repack import Unpacked, repack, unpack
+from tpgptq_convert.source import DTYPES, TensorSpec
+from tpgptq_convert.verify import verify
+from tpgptq_convert.writer import (
+    INDEX,
+    MANIFEST,
+    Parts,
+    check_free,
+    checksum,
+    staging,
+    write_json,
+)
+
+FORMAT_VERSION = 1
+LAYOUTS = ("ranks", "merged")
+# Files that speak of the source's own quantisation, or that are written anew.
+REWRITTEN = {"config.json", "README.md", "quantize_config.json", "quant_config.json"}
+
+RUNTIME = Path(__file__).with_name("tpgptq_runtime.py")
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Options:
+    """What `tpgptq convert` was asked for, beside the degrees."""
+
+    layout: str = "ranks"
+    max_shard_size: int = 5_000_000_000
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    overwrite: bool = False
+    verify: bool = True
+    command: str = "tpgptq convert"
+
+
+def version() -> str:
+    return importlib.metadata.version("tpgptq-convert")
+
+
+def work_bytes(checkpoint: Checkpoint, plans: Sequence[Plan], check: bool) -> int:
+    """What the progress counts: the layers' source bytes, once for writing and for each check."""
+    source = sum(checkpoint.source_bytes(layer) for layer in checkpoint.layers)
+    return source * (1 + check * len(plans))
+
+
+def convert(
+    checkpoint: Checkpoint,
+    plans: Sequence[Plan],
+    out: Path,
+    options: Options,
+    progress: Progress = lambda _: None,
+) -> list[dict[str, Any]]:
+    """Write OUT, or OUT/tp-N for several degrees, and return the manifests.
+
+    OUT appears whole, and verified unless that was declined, or not at all. Raises a TpgptqError.
+    """
+    sym = check_zero_points(checkpoint, plans)
+    needed = sum(output_bytes(plan) for plan in plans)
+    check_free(out, options.overwrite, needed, checkpoint.source.directory)
+    with staging(out) as stage, ThreadPoolExecutor(1) as background:
+        hashes = background.submit(
+            lambda: {name: checksum(f.path) for name, f in checkpoint.source.files.items()}
+        )
+        outputs = [
+            _Output(plan, stage if len(plans) == 1 else stage / f"tp-{plan.tp}", options)
+            for plan in plans
+        ]
+        for index, block in enumerate(checkpoint.blocks):
+            shards = [plan.block(index) for plan in plans]
+            for layer in block:
+                unpacked = _load(checkpoint, layer, options.device)
+                for output, of_block in zip(outputs, shards, strict=True):
+                    output.write(layer, unpacked, of_block[layer.name])
+                progress(checkpoint.source_bytes(layer))
+        manifests = [output.finish(hashes.result(), sym) for output in outputs]
+        if options.verify:
+            mismatches = [
+                mismatch
+                for output in outputs
+                for mismatch in verify(checkpoint, output.directory, options.device, progress)
+            ]
+            if mismatches:
+                raise VerificationError(*mismatches)
+    return manifests
+
+
+def output_bytes(plan: Plan) -> int:
+    """Bytes of the weights in the output of one plan."""
+    source = plan.checkpoint.source
+    shared = sum(spec.nbytes for name in plan.checkpoint.shared if (spec := source.spec(name)))
+    return plan.rank_bytes * plan.tp + shared
+
+
+def _load(checkpoint: Checkpoint, layer: Layer, device: torch.device) -> Unpacked:
+    def tensor(part: str) -> torch.Tensor:
+        return checkpoint.source.tensor(f"{layer.name}.{part}").to(device)
+
+    bias = tensor("bias") if layer.bias and layer.linear.parallel == "column" else None
+    return unpack(tensor("qweight"), tensor("qzeros"), tensor("scales"), bias, checkpoint.quant)
+
+
+class _Output:
+    """One degree's output directory while it is written."""
+
+    def __init__(self, plan: Plan, directory: Path, options: Options) -> None:
+        self.plan, self.directory, self.options = plan, directory, options
+        directory.mkdir(exist_ok=True)
+        self._index: dict[str, IntArray] = {}
+        self._modules: dict[str, Any] = {}
+        shared = self._shared_specs()
+        limit = options.max_shard_size
+        if options.layout == "merged":
+            specs = self._layer_specs(plan.merged_tensors) | shared
+            merged = Parts(
+                directory,
+                lambda part, parts: f"model-{part + 1:05}-of-{parts:05}.safetensors",
+                specs,
+                limit,
+            )
+            self._streams, self._shared = [merged], merged
+        else:
+            specs = self._layer_specs(plan.tensors)
+            self._streams = [
+                Parts(
+                    directory,
+                    lambda part, _, rank=rank: f"model-rank-{rank}-part-{part}.safetensors",
+                    specs,
+                    limit,
+                )
+                for rank in range(plan.tp)
+            ]
+            self._shared = Parts(
+                directory,
+                lambda part, parts: "model-shared.safetensors"
+                if parts == 1
+                else f"model-shared-part-{part}.safetensors",
+                shared,
+                limit,
+            )
+
+    def _layer_specs(
+        self, tensors: Callable[[Layer], dict[str, TensorSpec]]
+    ) -> dict[str, TensorSpec]:
+        return {
+            f"{layer.name}.{part}": spec
+            for layer in self.plan.checkpoint.layers
+            for part, spec in tensors(layer).items()
+        }
+
+    def _shared_specs(self) -> dict[str, TensorSpec]:
+        """Largest elements first, so that every tensor lies aligned."""
+        source = self.plan.checkpoint.source
+        specs = {name: spec for name in self.plan.checkpoint.shared if (spec := source.spec(name))}
+        return dict(sorted(specs.items(), key=lambda kv: -DTYPES[kv[1].dtype].itemsize))
+
+    def write(self, layer: Layer, unpacked: Unpacked, shards: Sequence[Shard]) -> None:
+        """Repack one layer and append it to every rank's file."""
+        plan, size = self.plan, self.plan.sizes[layer.linear.name]
+        merged = self.options.layout == "merged"
+        pieces = [plan.merged(layer, shards)] if merged else shards
+        for stream, shard in zip(self._streams, pieces, strict=True):
+            tensors = repack(unpacked, shard, plan.checkpoint.quant)
+            for part in plan.tensors(layer):
+                stream.write(f"{layer.name}.{part}", tensors[part])
+        self._modules[layer.name] = {
+            "parallel": layer.linear.parallel,
+            "in_features": size.in_features,
+            "out_features": size.out_features,
+            "group_size": size.group_size,
+            "perm": plan.has_perm(layer),
+        }
+        self._index[f"{layer.name}.rows"] = _ranks([shard.rows for shard in shards])
+        self._index[f"{layer.name}.cols"] = _ranks([shard.cols for shard in shards])
+
+    def finish(self, source_files: dict[str, Any], sym: bool) -> dict[str, Any]:
+        """Write what is left and return the manifest."""
+        plan, source = self.plan, self.plan.checkpoint.source
+        for name in self._shared_specs():
+            self._shared.write(name, source.tensor(name))
+        save_file(self._index, self.directory / INDEX, metadata={"format": "np"})
+        for path in source.other_files():
+            if path.name not in REWRITTEN:
+                (self.directory / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source.directory / path, self.directory / path)
+        shutil.copyfile(RUNTIME, self.directory / RUNTIME.name)
+        write_json(self.directory / "config.json", self._config(sym))
+        if self.options.layout == "merged":
+            weights: dict[str, Any] = {"merged": self._shared.files}
+            write_json(
+                self.directory / "model.safetensors.index.json",
+                {
+                    "metadata": {"total_size": self._shared.total_size},
+                    "weight_map": dict(sorted(self._shared.weight_map.items())),
+                },
+            )
+        else:
+            ranks = [stream.files for stream in self._streams]
+            weights = {"shared": self._shared.files, "ranks": ranks}
+        manifest = self._manifest(source_files, sym, weights)
+        (self.directory / "README.md").write_text(
+            model_card(manifest, source.directory, self.options.command), encoding="utf-8"
+        )
+        write_json(self.directory / MANIFEST, manifest)
+        return manifest
+
+    def _config(self, sym: bool) -> dict[str, Any]:
+        plan, quant = self.plan, self.plan.checkpoint.quant
+        config = plan.checkpoint.family.resized(plan.checkpoint.config, plan.intermediate)
+        return config | {
+            "quantization_config": {
+                "quant_method": "tpgptq",
+                "format_version": FORMAT_VERSION,
+                "bits": quant.bits,
+                "group_size": quant.group_size,
+                "sym": sym,
+                "desc_act": False,
+                "checkpoint_format": quant.checkpoint_format,
+                "tp": plan.tp,
+                "layout": self.options.layout,
+            }
+        }
+
+    def _manifest(
+        self, source_files: dict[str, Any], sym: bool, weights: dict[str, Any]
+    ) -> dict[str, Any]:
+        plan, checkpoint = self.plan, self.plan.checkpoint
+        geometry, quant = checkpoint.geometry, checkpoint.quant
+        written = {name for parts in (*self._streams, self._shared) for name in parts.files}
+        others = sorted(
+            path.relative_to(self.directory)
+            for path in self.directory.rglob("*")
+            if path.is_file() and path.name not in written
+        )
+        return {
+            "format": "tpgptq",
+            "format_version": FORMAT_VERSION,
+            "tool": f"tpgptq-convert {version()}",
+            "tp": plan.tp,
+            "layout": self.options.layout,
+            "source": {
+                "name": checkpoint.source.directory.resolve().name,
+                "revision": None,
+                "files": source_files,
+            },
+            "model_type": checkpoint.config["model_type"],
+            "bits": quant.bits,
+            "sym": sym,
+            "checkpoint_format": quant.checkpoint_format,
+            "heads": {
+                "query": geometry.heads,
+                "kv": geometry.kv_heads,
+                "padded_query": geometry.heads,
+                "padded_kv": geometry.kv_heads,
+            },
+            "intermediate": {"size": geometry.intermediate, "padded": plan.intermediate},
+            "modules": self._modules,
+            # The card is not among them: it is there for people to edit.
+            "files": weights
+            | {"other": {str(path): checksum(self.directory / path) for path in others}},
+        }
+
+
+def _ranks(vectors: Sequence[IntArray]) -> IntArray:
+    """(ranks, n), or (1, n) where all ranks have the same."""
+    if all(np.array_equal(vector, vectors[0]) for vector in vectors):
+        return vectors[0][None]
+    return np.stack(vectors)

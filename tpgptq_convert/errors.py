@@ -1,0 +1,43 @@
+"""The one family of anticipated failures; the command line shows each as two lines."""
+
+from __future__ import annotations
+
+
+class TpgptqError(Exception):
+    """Something a user can act on: what is and what must be, one line per problem, and a hint.
+
+    `problems` may be empty for a failure whose details were already printed.
+    """
+
+    exit_code = 1
+
+    def __init__(self, *problems: str, hint: str = "") -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+        self.hint = hint
+
+
+class SourceError(TpgptqError):
+    """The checkpoint's directory or files can't be read."""
+
+
+class CheckpointError(TpgptqError):
+    """The checkpoint's configuration or tensors are not what they must be."""
+
+
+class UnsupportedError(TpgptqError):
+    """The checkpoint is sound, but this version doesn't convert its kind."""
+
+
+class DegreeError(TpgptqError):
+    """The tensor-parallel degree doesn't fit the model."""
+
+
+class OutputError(TpgptqError):
+    """The output can't be written where it was asked for, or is no output of this tool."""
+
+
+class VerificationError(TpgptqError):
+    """The output differs from the source."""
+
+    exit_code = 3

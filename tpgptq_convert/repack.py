@@ -1,0 +1,140 @@
+"""Index vectors + packed layer -> packed shard, on whatever device the tensors are. Knows no model.
+
+Here stand the packing, its inverse, and the one place where a stored zero point becomes a zero
+point. Integers are moved, never computed anew; the same input gives the same bytes on any device.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tpgptq_convert.checkpoint import IntArray
+from tpgptq_convert.config import QuantConfig
+from tpgptq_convert.plan import Shard
+
+
+def unpack_rows(words: Tensor, bits: int) -> Tensor:
+    """(K/pf, N) int32 -> (K, N) uint8: row pf*i + j lies in the bits from bits*j of word i."""
+    pack, mask = 32 // bits, (1 << bits) - 1
+    values = torch.empty(
+        (words.shape[0] * pack, words.shape[1]), dtype=torch.uint8, device=words.device
+    )
+    for j in range(pack):
+        values[j::pack] = (words >> (bits * j)) & mask
+    return values
+
+
+def pack_rows(values: Tensor, bits: int) -> Tensor:
+    """(K, N) uint8 -> (K/pf, N) int32, the inverse of `unpack_rows`."""
+    pack = 32 // bits
+    words = values[::pack].to(torch.int32)
+    for j in range(1, pack):
+        words |= values[j::pack].to(torch.int32) << (bits * j)
+    return words
+
+
+def unpack_cols(words: Tensor, bits: int) -> Tensor:
+    """(G, N/pf) int32 -> (G, N) uint8."""
+    return unpack_rows(words.T, bits).T
+
+
+def pack_cols(values: Tensor, bits: int) -> Tensor:
+    """(G, N) uint8 -> (G, N/pf) int32, the inverse of `unpack_cols`."""
+    return pack_rows(values.T, bits).T.contiguous()
+
+
+def zero_points(stored: Tensor, checkpoint_format: str) -> Tensor:
+    """Stored fields (uint8) -> zero points (int16): "gptq" stores one less, "gptq_v2" the value.
+
+    A stored 15 of the "gptq" format means 16, as in AutoGPTQ's own torch and Triton kernels.
+    """
+    return stored.to(torch.int16) + (1 if checkpoint_format == "gptq" else 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Unpacked:
+    """A layer with its integers unpacked."""
+
+    values: Tensor  # (K, N) uint8
+    zeros: Tensor  # (G, N) uint8, as stored
+    scales: Tensor  # (G, N)
+    bias: Tensor | None  # (N,)
+
+    def columns(self, cols: Tensor) -> Unpacked:
+        """The same rows of some columns."""
+        return Unpacked(
+            self.values[:, cols],
+            self.zeros[:, cols],
+            self.scales[:, cols],
+            None if self.bias is None else self.bias[cols],
+        )
+
+    def dequantise(self, g_idx: Tensor, quant: QuantConfig, dtype: torch.dtype) -> Tensor:
+        """The weight (K, N) that the layer stands for, computed in `dtype`; g_idx is (K,)."""
+        zeros = zero_points(self.zeros, quant.checkpoint_format)
+        steps = self.values.to(torch.int16) - zeros[g_idx]
+        return steps.to(dtype) * self.scales.to(dtype)[g_idx]
+
+
+def unpack(
+    qweight: Tensor, qzeros: Tensor, scales: Tensor, bias: Tensor | None, quant: QuantConfig
+) -> Unpacked:
+    """Unpack one layer's tensors as they are stored; shapes as in design: (K/pf, N), (G, N/pf)."""
+    return Unpacked(
+        unpack_rows(qweight, quant.bits), unpack_cols(qzeros, quant.bits), scales, bias
+    )
+
+
+def repack(layer: Unpacked, shard: Shard, quant: QuantConfig) -> dict[str, Tensor]:
+    """The tensors of one shard, by the last part of their names.
+
+    Padding rows hold the zero point of their group and column, so they contribute exactly 0;
+    padding columns, and groups of padding alone, have scale 0.
+    """
+    zeros = _gather(layer.zeros, shard.groups, shard.cols)
+    scales = _gather(layer.scales, shard.groups, shard.cols)
+    values = _gather(layer.values, shard.rows, shard.cols)
+
+    def where(absent: IntArray | np.ndarray) -> Tensor:
+        return torch.from_numpy(np.flatnonzero(absent)).to(values.device)
+
+    for axis, vector in enumerate((shard.groups, shard.cols)):
+        absent = where(vector < 0)
+        zeros.index_fill_(axis, absent, quant.stored_neutral)
+        scales.index_fill_(axis, absent, 0)
+    absent = where(shard.cols < 0)
+    values.index_fill_(1, absent, quant.neutral)
+    padding = where(shard.rows < 0)
+    values[padding] = zero_points(zeros, quant.checkpoint_format)[padding // shard.group_size].to(
+        torch.uint8
+    )
+
+    tensors = {
+        "qweight": pack_rows(values, quant.bits),
+        "qzeros": pack_cols(zeros, quant.bits),
+        "scales": scales,
+    }
+    if shard.perm is not None:
+        tensors["perm"] = torch.from_numpy(shard.perm)
+    if layer.bias is not None:
+        bias = layer.bias[torch.from_numpy(np.maximum(shard.cols, 0)).to(values.device)]
+        tensors["bias"] = bias.index_fill_(0, absent, 0)
+    return tensors
+
+
+def _gather(tensor: Tensor, rows: IntArray, cols: IntArray) -> Tensor:
+    """A new tensor[rows][:, cols]; what stands where an index is -1 is left to the caller."""
+    indices = [(0, rows), (1, cols)]
+    # The smaller of the two intermediate results first.
+    if len(rows) * tensor.shape[1] > len(cols) * tensor.shape[0]:
+        indices.reverse()
+    out = tensor
+    for axis, index in indices:
+        if not np.array_equal(index, np.arange(out.shape[axis])):
+            picked = torch.from_numpy(np.maximum(index, 0)).to(tensor.device)
+            out = out.index_select(axis, picked)
+    return out.clone() if out is tensor else out

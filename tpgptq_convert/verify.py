@@ -1,0 +1,476 @@
+"""OUT against MODEL, without the planner.
+
+Two proofs, each from the stored shards, their perms and the manifest alone:
+
+- exact: with the index file, every stored value is compared with the source's, bit for bit; every
+  source row and column is counted; every rank's input is traced to the shards that produce it;
+- functional: without the index file, each block is computed in float64 on random input, from the
+  source and as the sum over the ranks, with a real softmax and the model's own activation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tpgptq_convert.checkpoint import Checkpoint, IntArray, Layer
+from tpgptq_convert.errors import OutputError, SourceError
+from tpgptq_convert.families import Axis
+from tpgptq_convert.repack import Unpacked, unpack, zero_points
+from tpgptq_convert.source import SafetensorsFile, read_json
+from tpgptq_convert.writer import INDEX, MANIFEST, checksum
+
+FORMAT_VERSION = 1
+TOKENS = 5
+TOLERANCE = 1e-9  # of the largest output; float64 rounding stays far under it
+COLUMNS_AT_ONCE = 4096  # of a weight in float64
+FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+def verify(
+    checkpoint: Checkpoint,
+    out: Path,
+    device: torch.device,
+    progress: Callable[[int], None] = lambda _: None,
+) -> list[str]:
+    """Every difference between OUT and MODEL, one line each; none if OUT is proven.
+
+    Raises OutputError if OUT is no output of this tool, or of a version that it doesn't know.
+    """
+    manifest = read_manifest(out)
+    mismatches = list(_check_files(out, manifest))
+    try:
+        stored = _Stored(out, manifest)
+        mismatches += _check_manifest(checkpoint, manifest)
+        mismatches += _check_shared(checkpoint, stored)
+        if not mismatches or set(manifest["modules"]) == {la.name for la in checkpoint.layers}:
+            for block in checkpoint.blocks:
+                mismatches += _Block(checkpoint, stored, block, device).mismatches()
+                for layer in block:
+                    progress(checkpoint.source_bytes(layer))
+    except SourceError as error:  # a file of OUT that can't be read at all
+        mismatches += error.problems
+    return mismatches
+
+
+def read_manifest(out: Path) -> dict[str, Any]:
+    """OUT's manifest; raises OutputError if there is none, or of an unknown version."""
+    if not (out / MANIFEST).is_file():
+        raise OutputError(
+            f"{out}: has no {MANIFEST}; must be an output of `tpgptq convert`",
+            hint="for an output of several degrees name one of its tp-N directories",
+        )
+    manifest = read_json(out / MANIFEST)
+    version = manifest.get("format_version")
+    if manifest.get("format") != "tpgptq" or version != FORMAT_VERSION:
+        raise OutputError(
+            f"{out / MANIFEST}: format {manifest.get('format')!r} version {version!r}; "
+            f"must be 'tpgptq' version {FORMAT_VERSION}",
+            hint="use the version of tpgptq-convert that wrote it, or convert again",
+        )
+    return manifest
+
+
+def _weight_files(manifest: Mapping[str, Any]) -> Iterator[tuple[int | None, Mapping[str, Any]]]:
+    """(rank, files): None for the files that every rank reads."""
+    files = manifest["files"]
+    if manifest["layout"] == "merged":
+        yield None, files["merged"]
+    else:
+        yield None, files["shared"]
+        yield from enumerate(files["ranks"])
+
+
+def _check_files(out: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
+    listed: dict[str, Any] = dict(manifest["files"]["other"])
+    for _, files in _weight_files(manifest):
+        listed |= files
+    for name, stated in listed.items():
+        if not (out / name).is_file():
+            yield f"{name}: missing; the manifest lists it"
+        elif (actual := checksum(out / name)) != stated:
+            what = "bytes" if actual["bytes"] != stated["bytes"] else "sha256"
+            yield f"{name}: {what} is {actual[what]}; the manifest says {stated[what]}"
+    for path in sorted(out.glob("*.safetensors")):
+        if path.name not in listed:
+            yield f"{path.name}: not in the manifest"
+
+
+def _check_manifest(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> Iterator[str]:
+    quant, geometry = checkpoint.quant, checkpoint.geometry
+    expected = {
+        "model_type": checkpoint.config["model_type"],
+        "bits": quant.bits,
+        "checkpoint_format": quant.checkpoint_format,
+    }
+    for key, value in expected.items():
+        if manifest.get(key) != value:
+            yield f"{MANIFEST}: {key} is {manifest.get(key)!r}; the source has {value!r}"
+    heads = {"query": geometry.heads, "kv": geometry.kv_heads}
+    for key, count in heads.items():
+        if manifest["heads"].get(key) != count:
+            yield f"{MANIFEST}: heads.{key} is {manifest['heads'].get(key)}; the source has {count}"
+    names, modules = {layer.name for layer in checkpoint.layers}, set(manifest["modules"])
+    yield from (f"{name}: not in the manifest" for name in sorted(names - modules))
+    yield from (f"{name}: in the manifest but not in the source" for name in sorted(modules - names))
+
+
+def _check_shared(checkpoint: Checkpoint, stored: _Stored) -> Iterator[str]:
+    for name in checkpoint.shared:
+        tensor = stored.shared(name)
+        if tensor is None:
+            yield f"{name}: missing from the shared files"
+        elif not _same_bits(tensor, checkpoint.source.tensor(name)):
+            yield f"{name}: differs from the source's"
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    return torch.equal(_bits(a), _bits(b))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The same bits as integers, so that NaN equals NaN and 0 differs from -0."""
+    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.contiguous().view(kinds[tensor.element_size()])
+
+
+@dataclass(frozen=True, eq=False)
+class _Shard:
+    """One rank's stored slice of a layer, unpacked."""
+
+    weights: Unpacked
+    group_of_row: Tensor  # (K_r,)
+    perm: Tensor  # (K_r,), the identity where none is stored
+    rows: IntArray  # source row of each stored row, -1 for padding
+    cols: IntArray
+
+
+class _Stored:
+    """The tensors of an output, by layer and rank, whichever its layout."""
+
+    def __init__(self, out: Path, manifest: Mapping[str, Any]) -> None:
+        self.manifest = manifest
+        self.tp: int = manifest["tp"]
+        self._files: dict[int | None, list[SafetensorsFile]] = {
+            rank: [SafetensorsFile(out / name) for name in files]
+            for rank, files in _weight_files(manifest)
+        }
+        self._index = SafetensorsFile(out / INDEX) if (out / INDEX).is_file() else None
+
+    def _find(self, name: str, rank: int | None) -> Tensor | None:
+        for file in self._files[rank if rank in self._files else None]:
+            if name in file.specs:
+                return file.tensor(name)
+        return None
+
+    def shared(self, name: str) -> Tensor | None:
+        return self._find(name, None)
+
+    def tensor(self, layer: str, part: str, rank: int) -> Tensor | None:
+        """One rank's slice of a stored tensor, cut out where all ranks' are merged."""
+        tensor = self._find(f"{layer}.{part}", rank)
+        module = self.manifest["modules"][layer]
+        if tensor is None or rank in self._files:
+            return tensor
+        if module["parallel"] == "row":
+            dim, pieces = 0, self.tp
+        else:
+            if part == "perm":
+                return tensor
+            dim, width = tensor.dim() - 1, self._find(f"{layer}.scales", None)
+            pieces = width.shape[1] // module["out_features"] if width is not None else 1
+        size = tensor.shape[dim] // pieces
+        return tensor.narrow(dim, rank * pieces // self.tp * size, size)
+
+    def origin(self, name: str, rank: int) -> IntArray | None:
+        """One rank's source rows or columns from the index file."""
+        if self._index is None or name not in self._index.specs:
+            return None
+        vectors = self._index.array(name)
+        vector: IntArray = vectors[min(rank, len(vectors) - 1)]
+        return vector
+
+
+class _Block:
+    """One block of the source and its shards on every rank."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        stored: _Stored,
+        layers: Sequence[Layer],
+        device: torch.device,
+    ) -> None:
+        self.checkpoint, self.stored, self.layers, self.device = checkpoint, stored, layers, device
+        self.quant, self.geometry = checkpoint.quant, checkpoint.geometry
+        self.source = {layer.name: self._load_source(layer) for layer in layers}
+        self.shards: dict[str, list[_Shard]] = {}
+        self.damaged: list[str] = []
+        for layer in layers:
+            self.shards[layer.name] = []
+            for rank in range(stored.tp):
+                try:
+                    self.shards[layer.name].append(self._load_shard(layer, rank))
+                except _DamagedError as error:
+                    self.damaged.append(f"{layer.name}: rank {rank}: {error}")
+
+    def mismatches(self) -> list[str]:
+        """Every difference in this block, one line each."""
+        if self.damaged:
+            return self.damaged
+        found = []
+        for layer in self.layers:
+            for rank, shard in enumerate(self.shards[layer.name]):
+                found += [
+                    f"{layer.name}: rank {rank}: {what}" for what in self._exact(layer, rank, shard)
+                ]
+            found += [f"{layer.name}: {what}" for what in self._counts(layer)]
+        return found + list(self._functional())
+
+    def _load_source(self, layer: Layer) -> Unpacked:
+        def tensor(part: str) -> Tensor:
+            return self.checkpoint.source.tensor(f"{layer.name}.{part}").to(self.device)
+
+        bias = tensor("bias") if layer.bias else None
+        return unpack(tensor("qweight"), tensor("qzeros"), tensor("scales"), bias, self.quant)
+
+    def _load_shard(self, layer: Layer, rank: int) -> _Shard:
+        stored, module = self.stored, self.stored.manifest["modules"][layer.name]
+        k, n, size = module["in_features"], module["out_features"], module["group_size"]
+        pack = self.quant.pack_factor
+        shapes: dict[str, tuple[int, ...]] = {
+            "qweight": (k // pack, n),
+            "qzeros": (k // size, n // pack),
+            "scales": (k // size, n),
+        }
+        if module["perm"]:
+            shapes["perm"] = (k,)
+        if layer.bias and module["parallel"] == "column":
+            shapes["bias"] = (n,)
+        scales = self.checkpoint.source.tensor(f"{layer.name}.scales").dtype
+        dtypes = {"scales": scales, "bias": scales}
+        tensors = {}
+        for part, shape in shapes.items():
+            tensor = stored.tensor(layer.name, part, rank)
+            dtype = dtypes.get(part, torch.int32)
+            if tensor is None:
+                raise _DamagedError(f"{part} is missing")
+            if tensor.shape != shape or tensor.dtype != dtype:
+                raise _DamagedError(
+                    f"{part} is {tensor.dtype} {list(tensor.shape)}; must be {dtype} {list(shape)}"
+                )
+            tensors[part] = tensor.to(self.device)
+        bias = tensors.pop("bias", None)
+        perm = tensors.pop("perm", torch.arange(k, device=self.device)).long()
+        width = self._input_width(layer)
+        if int(perm.min()) < 0 or int(perm.max()) >= width:
+            raise _DamagedError(f"perm has entries outside 0 to {width - 1}, the rank's input")
+        return _Shard(
+            weights=unpack(**tensors, bias=bias, quant=self.quant),
+            group_of_row=torch.arange(k, device=self.device) // size,
+            perm=perm,
+            rows=self._origin(layer, "rows", rank, k, layer.in_features),
+            cols=self._origin(layer, "cols", rank, n, layer.out_features),
+        )
+
+    def _input_width(self, layer: Layer) -> int:
+        """Channels of a rank's input to a layer, from the manifest."""
+        if layer.linear.reads is Axis.HIDDEN:
+            return layer.in_features
+        producer = self._writers(layer.linear.reads)[0]
+        width: int = self.stored.manifest["modules"][producer.name]["out_features"]
+        return width
+
+    def _writers(self, axis: Axis) -> list[Layer]:
+        return [layer for layer in self.layers if layer.linear.writes is axis]
+
+    def _origin(
+        self, layer: Layer, what: str, rank: int, size: int, limit: int
+    ) -> IntArray:
+        vector = self.stored.origin(f"{layer.name}.{what}", rank)
+        if vector is None:
+            raise _DamagedError(f"{what} are missing from {INDEX}")
+        if vector.shape != (size,) or vector.min() < -1 or vector.max() >= limit:
+            raise _DamagedError(
+                f"{what} in {INDEX} have shape {list(vector.shape)} and values {vector.min()} to "
+                f"{vector.max()}; must be {size} values from -1 to {limit - 1}"
+            )
+        return vector
+
+    # The exact proof.
+
+    def _exact(self, layer: Layer, rank: int, shard: _Shard) -> Iterator[str]:
+        """Every stored value of one shard against the source's."""
+        own, source = shard.weights, self.source[layer.name]
+        real_rows, rows = _real(shard.rows, self.device)
+        real_cols, cols = _real(shard.cols, self.device)
+        if not torch.equal(own.values[real_rows][:, real_cols], source.values[rows][:, cols]):
+            yield "qweight holds values that differ from the source's"
+
+        g_idx = torch.from_numpy(layer.g_idx).to(self.device)
+        pairs = torch.stack((shard.group_of_row[real_rows], g_idx[rows].long())).unique(dim=1)
+        own_groups, source_groups = pairs
+        for part in ("zeros", "scales"):
+            stored = _bits(getattr(own, part))[own_groups][:, real_cols]
+            if not torch.equal(stored, _bits(getattr(source, part))[source_groups][:, cols]):
+                name = "qzeros" if part == "zeros" else part
+                yield f"{name} of its rows' groups differ from the source's"
+
+        padding = torch.from_numpy(np.flatnonzero(shard.rows < 0)).to(self.device)
+        group = shard.group_of_row[padding]
+        steps = own.values[padding] - zero_points(own.zeros, self.quant.checkpoint_format)[group]
+        if ((steps != 0) & (own.scales[group] != 0)).any():
+            yield "padding rows are not exactly zero"
+        absent = torch.from_numpy(np.flatnonzero(shard.cols < 0)).to(self.device)
+        if (own.scales[:, absent] != 0).any():
+            yield "padding columns are not exactly zero"
+        if own.bias is not None and source.bias is not None:
+            if not torch.equal(_bits(own.bias)[real_cols], _bits(source.bias)[cols]):
+                yield "bias differs from the source's"
+            if (own.bias[absent] != 0).any():
+                yield "bias of padding columns is not zero"
+
+        for feed in self._feeds(layer, rank):
+            fed = feed[shard.perm.cpu().numpy()]
+            wrong = np.flatnonzero((shard.rows >= 0) & (fed != shard.rows))
+            if len(wrong):
+                j = wrong[0]
+                yield (
+                    f"perm feeds {len(wrong)} rows from the wrong input, the first row {j} from "
+                    f"channel {fed[j]} instead of {shard.rows[j]}"
+                )
+
+    def _feeds(self, layer: Layer, rank: int) -> list[IntArray]:
+        """The source channels of a rank's input, according to every layer that produces it."""
+        if layer.linear.reads is Axis.HIDDEN:
+            return [np.arange(layer.in_features, dtype=np.int32)]
+        return [
+            self.shards[writer.name][rank].cols for writer in self._writers(layer.linear.reads)
+        ]
+
+    def _counts(self, layer: Layer) -> Iterator[str]:
+        """Every source row and column is kept once."""
+        shards = self.shards[layer.name]
+        copies = 1
+        if layer.linear.writes is Axis.KV:
+            copies = max(1, self.stored.tp // self.geometry.kv_heads)
+        rows = [_count(shard.rows, layer.in_features) for shard in shards]
+        cols = [_count(shard.cols, layer.out_features) for shard in shards]
+        if layer.linear.parallel == "column":
+            good = all((count == 1).all() for count in rows), (sum(cols) == copies).all()
+        else:
+            good = (sum(rows) == 1).all(), all((count == 1).all() for count in cols)
+        for what, ok in zip(("rows", "columns"), good, strict=True):
+            if not ok:
+                yield f"its ranks don't keep every source {what[:-1]} exactly once"
+
+    # The functional proof: no index file from here on.
+
+    def _functional(self) -> Iterator[str]:
+        """The sum over the ranks against the source's block, in float64, on random input."""
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(TOKENS, self.geometry.hidden, dtype=torch.float64, generator=generator)
+        x = x.to(self.device)
+        for output in (Axis.QUERY, Axis.MLP):
+            layer = next(layer for layer in self.layers if layer.linear.reads is output)
+            expected = self._half(output, x, None)
+            summed = sum(self._half(output, x, rank) for rank in range(self.stored.tp))
+            bias = self.source[layer.name].bias
+            if bias is not None:
+                stored = self.stored.shared(f"{layer.name}.bias")
+                expected = expected + bias.double()
+                summed = summed + (0 if stored is None else stored.to(self.device).double())
+            error = (summed - expected).abs().max() / expected.abs().max()
+            if not error <= TOLERANCE:
+                yield (
+                    f"{layer.name}: the sum over the ranks differs from the source's block by "
+                    f"{error:.1e} of its largest value"
+                )
+
+    def _half(self, axis: Axis, x: Tensor, rank: int | None) -> Tensor:
+        """Attention or MLP: what one rank contributes, or the source (rank None); (T, hidden)."""
+        inner = [self._apply(layer, x, rank) for layer in self._writers(axis)]
+        if axis is Axis.QUERY:
+            inner += [self._apply(layer, x, rank) for layer in self._writers(Axis.KV)]
+            mixed = self._attention(*inner)
+        else:
+            gate, up = inner
+            mixed = FUNCTIONS[self.geometry.activation](gate) * up
+        reader = next(layer for layer in self.layers if layer.linear.reads is axis)
+        return self._apply(reader, mixed, rank)
+
+    def _apply(self, layer: Layer, x: Tensor, rank: int | None) -> Tensor:
+        """A layer's product, and its bias if it is column-parallel."""
+        if rank is None:
+            weights = self.source[layer.name]
+            group_of_row = torch.from_numpy(layer.g_idx).to(self.device).long()
+        else:
+            shard = self.shards[layer.name][rank]
+            weights, group_of_row = shard.weights, shard.group_of_row
+            x = x[:, shard.perm]
+        out = torch.cat(
+            [
+                x @ weights.columns(cols).dequantise(group_of_row, self.quant, x.dtype)
+                for cols in torch.arange(weights.values.shape[1]).split(COLUMNS_AT_ONCE)
+            ],
+            dim=1,
+        )
+        if weights.bias is not None and layer.linear.parallel == "column":
+            out = out + weights.bias.double()
+        return out
+
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Causal softmax attention with rotary embedding, (T, heads * head_dim)."""
+        q, k, v = (t.unflatten(1, (-1, self.geometry.head_dim)).transpose(0, 1) for t in (q, k, v))
+        q, k = (_rotate(self._head_norm(t, name)) for t, name in ((q, "q_norm"), (k, "k_norm")))
+        k, v = (t.repeat_interleave(len(q) // len(k), dim=0) for t in (k, v))
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(0, 1).flatten(1)
+
+    def _head_norm(self, heads: Tensor, name: str) -> Tensor:
+        """The per-head norm that some models apply to queries and keys; (heads, T, head_dim)."""
+        block = self.layers[0].name.removesuffix(self.layers[0].linear.name)
+        full = f"{block}self_attn.{name}.weight"
+        if full not in self.checkpoint.shared:
+            return heads
+        weight = self.checkpoint.source.tensor(full).to(heads)
+        return F.rms_norm(heads, (heads.shape[-1],), weight)
+
+
+class _DamagedError(Exception):
+    """A stored tensor that can't be compared at all."""
+
+
+def _real(vector: IntArray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Where an index vector is not padding, and what it says there."""
+    real = np.flatnonzero(vector >= 0)
+    return torch.from_numpy(real).to(device), torch.from_numpy(vector[real]).long().to(device)
+
+
+def _count(vector: IntArray, size: int) -> IntArray:
+    return np.bincount(vector[vector >= 0], minlength=size).astype(np.int32)
+
+
+def _rotate(x: Tensor) -> Tensor:
+    """Rotary position embedding, (heads, T, head_dim): it ties channel i to channel i + d/2."""
+    half = x.shape[-1] // 2
+    frequencies = 10000.0 ** (-torch.arange(half, device=x.device) / half)
+    angles = torch.arange(x.shape[1], device=x.device)[:, None] * frequencies.to(x.dtype)
+    first, second = x[..., :half], x[..., half : 2 * half]
+    cos, sin = angles.cos(), angles.sin()
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    return torch.cat((*rotated, x[..., 2 * half :]), dim=-1)
