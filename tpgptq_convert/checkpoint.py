@@ -81,7 +81,10 @@ def read_checkpoint(directory: Path) -> Checkpoint:
     quant, family = _all(lambda: read_quant_config(directory, config), lambda: family_of(config))
     geometry = family.geometry(config)
     reader = _LayerReader(source, quant, family, geometry, family.biased(config))
-    blocks = [[reader.layer(i, linear) for linear in family.linears] for i in range(geometry.blocks)]
+    blocks = [
+        [reader.layer(block, linear) for linear in family.linears]
+        for block in range(geometry.blocks)
+    ]
     shared = reader.shared_tensors(tied=bool(config.get("tie_word_embeddings")))
     if reader.problems:
         raise CheckpointError(*reader.problems, hint=reader.hint)
@@ -119,11 +122,15 @@ def _notes(
     ordered = sum(layer.act_order for layer in layers)
     notes = []
     if ordered and not quant.desc_act:
-        notes.append(f"the config says desc_act: false, but {ordered} of {len(layers)} layers have a "
-                     "g_idx that is not sequential; the tensors are right")
+        notes.append(
+            f"the config says desc_act: false, but {ordered} of {len(layers)} layers have a g_idx "
+            "that is not sequential; the tensors are right"
+        )
     if not ordered and quant.desc_act:
-        notes.append("the config says desc_act: true, but every g_idx is sequential: the groups "
-                     "are plain already")
+        notes.append(
+            "the config says desc_act: true, but every g_idx is sequential: the groups are plain "
+            "already"
+        )
     if zero_biases:
         notes.append(f"{zero_biases} all-zero biases, where this model has none, are left out")
     return tuple(notes)

@@ -45,7 +45,7 @@ class Group(click.Group):
             ctx.exit(error.exit_code)
 
 
-class ByteSize(click.ParamType):
+class ByteSize(click.ParamType[int]):
     """5GB, 500MB, 1.5TB: decimal units, as on the Hub."""
 
     name = "size"
@@ -71,7 +71,7 @@ def _device(name: str) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise click.BadParameter(f"{name!r} is not auto, cpu, cuda or cuda:N", param_hint="--device")
+        raise click.BadParameter(f"{name!r} is not auto, cpu or cuda[:N]", param_hint="--device")
     count = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
         raise click.BadParameter(
@@ -114,18 +114,36 @@ def cli() -> None:
 @cli.command()
 @model_argument
 @out_argument
-@click.option("--tp", "degrees", type=int, multiple=True, required=True, metavar="N",
-              help="Tensor-parallel degree; repeat it for several in one pass (OUT/tp-N).")
-@click.option("--layout", type=click.Choice(["ranks", "merged"]), default="ranks",
-              show_default=True, help="Files per rank, or one ordinary checkpoint to slice.")
-@click.option("--max-shard-size", type=ByteSize(), default="5GB", show_default=True,
-              help="Largest file.")
+@click.option(
+    "--tp",
+    "degrees",
+    type=int,
+    multiple=True,
+    required=True,
+    metavar="N",
+    help="Tensor-parallel degree; repeat it for several in one pass (OUT/tp-N).",
+)
+@click.option(
+    "--layout",
+    type=click.Choice(["ranks", "merged"]),
+    default="ranks",
+    show_default=True,
+    help="Files per rank, or one ordinary checkpoint to slice.",
+)
+@click.option(
+    "--max-shard-size", type=ByteSize(), default="5GB", show_default=True, help="Largest file."
+)
 @row_group_option
 @device_option
 @click.option("--overwrite", is_flag=True, help="Replace an earlier output.")
 @click.option("--dry-run", is_flag=True, help="Show the plan; write nothing.")
-@click.option("--verify/--no-verify", "check", default=True, show_default=True,
-              help="Prove the output against MODEL before it appears.")
+@click.option(
+    "--verify/--no-verify",
+    "check",
+    default=True,
+    show_default=True,
+    help="Prove the output against MODEL before it appears.",
+)
 @quiet_option
 @json_option
 def convert(
@@ -177,8 +195,16 @@ def convert(
             ) from None
     seconds = time.monotonic() - started
     if as_json:
-        click.echo(json.dumps({"out": str(out), "seconds": round(seconds, 3), "verified": check,
-                               "manifests": manifests}))
+        click.echo(
+            json.dumps(
+                {
+                    "out": str(out),
+                    "seconds": round(seconds, 3),
+                    "verified": check,
+                    "manifests": manifests,
+                }
+            )
+        )
     elif not quiet:
         files = [f for path in out.rglob("*.safetensors") if (f := path.stat().st_size)]
         gigabytes = sum(files) / 1e9
@@ -192,8 +218,14 @@ def convert(
 
 @cli.command()
 @model_argument
-@click.option("--tp", "degrees", type=int, multiple=True, metavar="N",
-              help="Show only this degree (may be repeated).")
+@click.option(
+    "--tp",
+    "degrees",
+    type=int,
+    multiple=True,
+    metavar="N",
+    help="Show only this degree (may be repeated).",
+)
 @row_group_option
 @json_option
 def inspect(model: Path, degrees: tuple[int, ...], row_group: str, as_json: bool) -> None:
@@ -231,13 +263,13 @@ def verify(model: Path, out: Path, device: str, quiet: bool, as_json: bool) -> N
         click.echo(json.dumps({"out": str(out), "ok": not mismatches, "mismatches": mismatches}))
     if mismatches:
         raise VerificationError(
-            *mismatches, hint=f"convert again: tpgptq convert --overwrite --tp {manifest['tp']} "
-            f"{model} {out}",
+            *mismatches,
+            hint=f"convert again: tpgptq convert --overwrite --tp {manifest['tp']} {model} {out}",
         )
     if not (quiet or as_json):
         click.echo(
-            f"{out} is {model} at tp {manifest['tp']}: {len(checkpoint.layers)} layers bit for bit, "
-            f"{checkpoint.geometry.blocks} blocks computed alike",
+            f"{out} is {model} at tp {manifest['tp']}: {len(checkpoint.layers)} layers bit for bit "
+            f"the same, {checkpoint.geometry.blocks} blocks computed alike",
             err=True,
         )
 

@@ -121,7 +121,9 @@ def _refuse_other_methods(
         raw = found[file]
         where = directory / file
         method = values.get("quant_method", "gptq")
-        layout = "marlin" if raw.get("is_marlin_format") else values.get("checkpoint_format", "gptq")
+        layout = values.get("checkpoint_format", "gptq")
+        if raw.get("is_marlin_format"):
+            layout = "marlin"
         if method == "tpgptq":
             raise UnsupportedError(
                 f"{where}: quant_method is 'tpgptq'; this checkpoint is already converted",

@@ -7,12 +7,13 @@ import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from tpgptq_convert.card import model_card
 from tpgptq_convert.checkpoint import Checkpoint, IntArray, Layer
@@ -131,32 +132,14 @@ class _Output:
         limit = options.max_shard_size
         if options.layout == "merged":
             specs = self._layer_specs(plan.merged_tensors) | shared
-            merged = Parts(
-                directory,
-                lambda part, parts: f"model-{part + 1:05}-of-{parts:05}.safetensors",
-                specs,
-                limit,
-            )
+            merged = Parts(directory, _merged_part, specs, limit)
             self._streams, self._shared = [merged], merged
         else:
             specs = self._layer_specs(plan.tensors)
             self._streams = [
-                Parts(
-                    directory,
-                    lambda part, _, rank=rank: f"model-rank-{rank}-part-{part}.safetensors",
-                    specs,
-                    limit,
-                )
-                for rank in range(plan.tp)
+                Parts(directory, partial(_rank_part, rank), specs, limit) for rank in range(plan.tp)
             ]
-            self._shared = Parts(
-                directory,
-                lambda part, parts: "model-shared.safetensors"
-                if parts == 1
-                else f"model-shared-part-{part}.safetensors",
-                shared,
-                limit,
-            )
+            self._shared = Parts(directory, _shared_part, shared, limit)
 
     def _layer_specs(
         self, tensors: Callable[[Layer], dict[str, TensorSpec]]
@@ -194,10 +177,10 @@ class _Output:
 
     def finish(self, source_files: dict[str, Any], sym: bool) -> dict[str, Any]:
         """Write what is left and return the manifest."""
-        plan, source = self.plan, self.plan.checkpoint.source
+        source = self.plan.checkpoint.source
         for name in self._shared_specs():
             self._shared.write(name, source.tensor(name))
-        save_file(self._index, self.directory / INDEX, metadata={"format": "np"})
+        (self.directory / INDEX).write_bytes(save(self._index, metadata={"format": "np"}))
         for path in source.other_files():
             if path.name not in REWRITTEN:
                 (self.directory / path).parent.mkdir(parents=True, exist_ok=True)
@@ -278,6 +261,18 @@ class _Output:
             "files": weights
             | {"other": {str(path): checksum(self.directory / path) for path in others}},
         }
+
+
+def _merged_part(part: int, parts: int) -> str:
+    return f"model-{part + 1:05}-of-{parts:05}.safetensors"
+
+
+def _shared_part(part: int, parts: int) -> str:
+    return "model-shared.safetensors" if parts == 1 else f"model-shared-part-{part}.safetensors"
+
+
+def _rank_part(rank: int, part: int, parts: int) -> str:
+    return f"model-rank-{rank}-part-{part}.safetensors"
 
 
 def _ranks(vectors: Sequence[IntArray]) -> IntArray:

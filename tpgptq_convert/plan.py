@@ -302,9 +302,10 @@ class Plan:
 
     def _inputs(self, layer: Layer) -> list[tuple[IntArray, IntArray]]:
         """(rows, groups) of each rank."""
-        axis, rows_per_rank = layer.linear.reads, self.sizes[layer.linear.name].in_features
-        whole = layer.groups == 1
-        unit = self.checkpoint.quant.pack_factor if whole else self.sizes[layer.linear.name].group_size
+        axis, size = layer.linear.reads, self.sizes[layer.linear.name]
+        rows_per_rank = size.in_features
+        whole = layer.groups == 1  # a column is one group, however many rows a rank has of it
+        unit = self.checkpoint.quant.pack_factor if whole else size.group_size
         if axis is Axis.MLP:
             everything = np.arange(layer.in_features, dtype=np.int32)
             rows, groups = _by_group(everything, layer.g_idx, unit, rows_per_rank * self.tp)
@@ -358,8 +359,10 @@ def check_zero_points(checkpoint: Checkpoint, plans: Sequence[Plan]) -> bool:
     stands for one more than a value can be.
     """
     quant = checkpoint.quant
-    array = checkpoint.source.array
-    words = {layer.name: array(f"{layer.name}.qzeros").view(np.uint32) for layer in checkpoint.layers}
+    words = {
+        layer.name: checkpoint.source.array(f"{layer.name}.qzeros").view(np.uint32)
+        for layer in checkpoint.layers
+    }
     neutral_word = sum(quant.stored_neutral << shift for shift in range(0, 32, quant.bits))
     odd = [name for name, fields in words.items() if (fields != neutral_word).any()]
     if quant.sym and odd:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tpgptq_convert.checkpoint import IntArray
@@ -64,7 +65,7 @@ class Unpacked:
     scales: Tensor  # (G, N)
     bias: Tensor | None  # (N,)
 
-    def columns(self, cols: Tensor) -> Unpacked:
+    def columns(self, cols: slice) -> Unpacked:
         """The same rows of some columns."""
         return Unpacked(
             self.values[:, cols],
@@ -84,9 +85,7 @@ def unpack(
     qweight: Tensor, qzeros: Tensor, scales: Tensor, bias: Tensor | None, quant: QuantConfig
 ) -> Unpacked:
     """Unpack one layer's tensors as they are stored; shapes as in design: (K/pf, N), (G, N/pf)."""
-    return Unpacked(
-        unpack_rows(qweight, quant.bits), unpack_cols(qzeros, quant.bits), scales, bias
-    )
+    return Unpacked(unpack_rows(qweight, quant.bits), unpack_cols(qzeros, quant.bits), scales, bias)
 
 
 def repack(layer: Unpacked, shard: Shard, quant: QuantConfig) -> dict[str, Tensor]:
@@ -95,23 +94,22 @@ def repack(layer: Unpacked, shard: Shard, quant: QuantConfig) -> dict[str, Tenso
     Padding rows hold the zero point of their group and column, so they contribute exactly 0;
     padding columns, and groups of padding alone, have scale 0.
     """
-    zeros = _gather(layer.zeros, shard.groups, shard.cols)
-    scales = _gather(layer.scales, shard.groups, shard.cols)
-    values = _gather(layer.values, shard.rows, shard.cols)
+    zeros = gather(layer.zeros, shard.groups, shard.cols).clone()
+    scales = gather(layer.scales, shard.groups, shard.cols).clone()
+    values = gather(layer.values, shard.rows, shard.cols)
 
-    def where(absent: IntArray | np.ndarray) -> Tensor:
-        return torch.from_numpy(np.flatnonzero(absent)).to(values.device)
+    def where(condition: NDArray[np.bool_]) -> Tensor:
+        return torch.from_numpy(np.flatnonzero(condition)).to(values.device)
 
     for axis, vector in enumerate((shard.groups, shard.cols)):
         absent = where(vector < 0)
         zeros.index_fill_(axis, absent, quant.stored_neutral)
         scales.index_fill_(axis, absent, 0)
-    absent = where(shard.cols < 0)
-    values.index_fill_(1, absent, quant.neutral)
-    padding = where(shard.rows < 0)
-    values[padding] = zero_points(zeros, quant.checkpoint_format)[padding // shard.group_size].to(
-        torch.uint8
-    )
+    absent, padding = where(shard.cols < 0), where(shard.rows < 0)
+    if len(absent) or len(padding):
+        values = values.clone().index_fill_(1, absent, quant.neutral)
+        zero = zero_points(zeros, quant.checkpoint_format).to(torch.uint8)
+        values[padding] = zero[padding // shard.group_size]
 
     tensors = {
         "qweight": pack_rows(values, quant.bits),
@@ -126,15 +124,16 @@ def repack(layer: Unpacked, shard: Shard, quant: QuantConfig) -> dict[str, Tenso
     return tensors
 
 
-def _gather(tensor: Tensor, rows: IntArray, cols: IntArray) -> Tensor:
-    """A new tensor[rows][:, cols]; what stands where an index is -1 is left to the caller."""
-    indices = [(0, rows), (1, cols)]
+def gather(tensor: Tensor, rows: IntArray, cols: IntArray) -> Tensor:
+    """tensor[rows][:, cols], a new tensor or a view; an index of -1 picks anything."""
     # The smaller of the two intermediate results first.
-    if len(rows) * tensor.shape[1] > len(cols) * tensor.shape[0]:
-        indices.reverse()
-    out = tensor
-    for axis, index in indices:
-        if not np.array_equal(index, np.arange(out.shape[axis])):
-            picked = torch.from_numpy(np.maximum(index, 0)).to(tensor.device)
-            out = out.index_select(axis, picked)
-    return out.clone() if out is tensor else out
+    if len(rows) * tensor.shape[1] < len(cols) * tensor.shape[0]:
+        return _take(_take(tensor, 0, rows), 1, cols)
+    return _take(_take(tensor, 1, cols), 0, rows)
+
+
+def _take(tensor: Tensor, dim: int, index: IntArray) -> Tensor:
+    """tensor's slices at an index; a view where they are consecutive."""
+    if len(index) and np.array_equal(index, np.arange(index[0], index[0] + len(index))):
+        return tensor.narrow(dim, int(index[0]), len(index))
+    return tensor.index_select(dim, torch.from_numpy(np.maximum(index, 0)).to(tensor.device))

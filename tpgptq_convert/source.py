@@ -35,7 +35,8 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 
 # Files that hold weights, or say where they are: everything else is carried along to the output.
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
+WEIGHT_SUFFIXES = (*_WEIGHTS, *(f"{suffix}.index.json" for suffix in _WEIGHTS))
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 INDEX_SUFFIX = ".safetensors.index.json"
 
@@ -80,7 +81,7 @@ class SafetensorsFile:
 
     @cached_property
     def _torch_file(self) -> Any:
-        return safe_open(self.path, framework="pt").__enter__()
+        return safe_open(self.path, framework="pt")  # closed with the last tensor that uses it
 
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor on the CPU, backed by a memory map of the file."""
@@ -105,7 +106,7 @@ class Source:
         if not directory.is_dir():
             raise SourceError(
                 f"{directory}: no such directory; must be a directory with a GPTQ checkpoint",
-                hint="fetch a checkpoint first, for example with `hf download ORG/NAME --local-dir DIR`",
+                hint="fetch one first, for example `hf download ORG/NAME --local-dir DIR`",
             )
         self.directory = directory
         self.files = {name: SafetensorsFile(directory / name) for name in self._weight_files()}
@@ -135,10 +136,10 @@ class Source:
                 raise SourceError(
                     f"{self.directory / pickles[0]}: a pickle, which can run code when loaded; "
                     "weights must be in safetensors files",
-                    hint="load it where you trust it and save it again with safe_serialization=True",
+                    hint="load it where you trust it, and save it again as safetensors",
                 )
             raise SourceError(
-                f"{self.directory}: no safetensors file; must hold the weights of a GPTQ checkpoint",
+                f"{self.directory}: no safetensors file; must hold a GPTQ checkpoint's weights",
                 hint="was the download complete?",
             )
         raise SourceError(
@@ -175,7 +176,7 @@ class Source:
     def spec(self, name: str) -> TensorSpec | None:
         """Dtype and shape of a tensor, or None if there is none of this name."""
         file = self._file_of.get(name)
-        return file and file.specs[name]
+        return file.specs[name] if file else None
 
     def array(self, name: str) -> NDArray[Any]:
         """A small tensor as a numpy array, without importing torch."""
@@ -192,7 +193,7 @@ class Source:
             p
             for p in relative
             if (self.directory / p).is_file()
-            and not p.name.endswith((*WEIGHT_SUFFIXES, *(s + ".index.json" for s in WEIGHT_SUFFIXES)))
+            and not p.name.endswith(WEIGHT_SUFFIXES)
             and not any(part.startswith(".") for part in p.parts)
         ]
 

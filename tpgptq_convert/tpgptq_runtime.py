@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -82,8 +82,12 @@ class Checkpoint:
         files = self.manifest["files"]
         merged = self.manifest["layout"] == "merged"
         tensors = self._tensors(files["merged" if merged else "shared"])
-        return {n: t for n, t in tensors.items() if n.rpartition(".")[0] not in self.modules or (
-            n.endswith(".bias") and self.modules[n.rpartition(".")[0]]["parallel"] == "row")}
+        return {name: tensor for name, tensor in tensors.items() if not self._is_shard(name)}
+
+    def _is_shard(self, name: str) -> bool:
+        module, _, part = name.rpartition(".")
+        row_bias = part == "bias" and self.modules.get(module, {}).get("parallel") == "row"
+        return module in self.modules and not row_bias
 
     def rank(self, rank: int) -> dict[str, dict[str, Tensor]]:
         """One rank's shards: module name -> {"qweight": ..., "scales": ..., ...}."""
@@ -98,7 +102,7 @@ class Checkpoint:
         shards: dict[str, dict[str, Tensor]] = {name: {} for name in self.modules}
         for name, tensor in tensors.items():
             module, _, part = name.rpartition(".")
-            if module in shards:
+            if self._is_shard(name):
                 shards[module][part] = tensor
         if merged:
             return {name: self._slice(name, parts, rank) for name, parts in shards.items()}
@@ -110,15 +114,11 @@ class Checkpoint:
         column = module["parallel"] == "column"
         pieces = parts["scales"].shape[1] // module["out_features"] if column else self.tp
         piece = rank * pieces // self.tp
-        out = {}
-        for part, tensor in parts.items():
-            if column and part != "perm":
-                out[part] = tensor.chunk(pieces, dim=-1)[piece]
-            elif not column and part != "bias":
-                out[part] = tensor.chunk(pieces)[piece]
-            elif column:
-                out[part] = tensor
-        return out
+        dim = -1 if column else 0
+        return {
+            part: tensor if column and part == "perm" else tensor.chunk(pieces, dim)[piece]
+            for part, tensor in parts.items()
+        }
 
     def _tensors(self, names: Mapping[str, Any]) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
@@ -131,7 +131,7 @@ class Checkpoint:
 
 
 def _unpack(words: Tensor, bits: int, dim: int) -> Tensor:
-    """Packed int32 words -> int8 values, `32 // bits` times as many along `dim`, lowest bits first."""
+    """Packed int32 words -> values, `32 // bits` times as many along `dim`, lowest bits first."""
     shifts = torch.arange(0, 32, bits, device=words.device, dtype=torch.int32)
     shape = [1] * (words.dim() + 1)
     shape[dim + 1] = len(shifts)
@@ -173,12 +173,13 @@ class QuantLinear(nn.Module):
         values = _unpack(self.qweight, self.bits, 0).unflatten(0, (-1, self.group_size))
         zeros = _zero_points(self.qzeros, self.bits, self.checkpoint_format)
         steps = (values - zeros.unsqueeze(1)).to(dtype)
-        return (steps * self.scales.to(dtype).unsqueeze(1)).flatten(0, 1)
+        weight: Tensor = (steps * self.scales.to(dtype).unsqueeze(1)).flatten(0, 1)
+        return weight
 
     def forward(self, x: Tensor) -> Tensor:
         if self.perm is not None:
             x = x[..., self.perm]
-        out = x @ self.dequantise(x.dtype)
+        out: Tensor = x @ self.dequantise(x.dtype)
         return out if self.bias is None else out + self.bias.to(x.dtype)
 
     def extra_repr(self) -> str:
@@ -309,7 +310,12 @@ def main() -> None:
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--max-new-tokens", type=int, default=32)
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--dtype", choices=("auto", "float16", "bfloat16", "float32"), default="auto")
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", "float16", "bfloat16", "float32"),
+        default="auto",
+        help="default: float16 on a GPU, float32 on a CPU",
+    )
     arguments = parser.parse_args()
     from transformers import AutoTokenizer
 

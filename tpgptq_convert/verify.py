@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import functional
 
 from tpgptq_convert.checkpoint import Checkpoint, IntArray, Layer
 from tpgptq_convert.errors import OutputError, SourceError
 from tpgptq_convert.families import Axis
-from tpgptq_convert.repack import Unpacked, unpack, zero_points
+from tpgptq_convert.repack import Unpacked, gather, unpack, zero_points
 from tpgptq_convert.source import SafetensorsFile, read_json
 from tpgptq_convert.writer import INDEX, MANIFEST, checksum
 
@@ -32,11 +32,11 @@ TOKENS = 5
 TOLERANCE = 1e-9  # of the largest output; float64 rounding stays far under it
 COLUMNS_AT_ONCE = 4096  # of a weight in float64
 FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_new": lambda x: F.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
+    "silu": functional.silu,
+    "gelu": functional.gelu,
+    "gelu_new": lambda x: functional.gelu(x, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    "relu": functional.relu,
 }
 
 
@@ -125,7 +125,7 @@ def _check_manifest(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> Iter
             yield f"{MANIFEST}: heads.{key} is {manifest['heads'].get(key)}; the source has {count}"
     names, modules = {layer.name for layer in checkpoint.layers}, set(manifest["modules"])
     yield from (f"{name}: not in the manifest" for name in sorted(names - modules))
-    yield from (f"{name}: in the manifest but not in the source" for name in sorted(modules - names))
+    yield from (f"{name}: in the manifest, not in the source" for name in sorted(modules - names))
 
 
 def _check_shared(checkpoint: Checkpoint, stored: _Stored) -> Iterator[str]:
@@ -154,7 +154,7 @@ class _Shard:
     """One rank's stored slice of a layer, unpacked."""
 
     weights: Unpacked
-    group_of_row: Tensor  # (K_r,)
+    group_size: int
     perm: Tensor  # (K_r,), the identity where none is stored
     rows: IntArray  # source row of each stored row, -1 for padding
     cols: IntArray
@@ -282,7 +282,7 @@ class _Block:
             raise _DamagedError(f"perm has entries outside 0 to {width - 1}, the rank's input")
         return _Shard(
             weights=unpack(**tensors, bias=bias, quant=self.quant),
-            group_of_row=torch.arange(k, device=self.device) // size,
+            group_size=size,
             perm=perm,
             rows=self._origin(layer, "rows", rank, k, layer.in_features),
             cols=self._origin(layer, "cols", rank, n, layer.out_features),
@@ -299,9 +299,7 @@ class _Block:
     def _writers(self, axis: Axis) -> list[Layer]:
         return [layer for layer in self.layers if layer.linear.writes is axis]
 
-    def _origin(
-        self, layer: Layer, what: str, rank: int, size: int, limit: int
-    ) -> IntArray:
+    def _origin(self, layer: Layer, what: str, rank: int, size: int, limit: int) -> IntArray:
         vector = self.stored.origin(f"{layer.name}.{what}", rank)
         if vector is None:
             raise _DamagedError(f"{what} are missing from {INDEX}")
@@ -317,30 +315,35 @@ class _Block:
     def _exact(self, layer: Layer, rank: int, shard: _Shard) -> Iterator[str]:
         """Every stored value of one shard against the source's."""
         own, source = shard.weights, self.source[layer.name]
-        real_rows, rows = _real(shard.rows, self.device)
-        real_cols, cols = _real(shard.cols, self.device)
-        if not torch.equal(own.values[real_rows][:, real_cols], source.values[rows][:, cols]):
+        real_rows, real_cols = (
+            np.flatnonzero(vector >= 0).astype(np.int32) for vector in (shard.rows, shard.cols)
+        )
+        rows, cols = shard.rows[real_rows], shard.cols[real_cols]
+        stored = gather(own.values, real_rows, real_cols)
+        if not torch.equal(stored, gather(source.values, rows, cols)):
             yield "qweight holds values that differ from the source's"
 
-        g_idx = torch.from_numpy(layer.g_idx).to(self.device)
-        pairs = torch.stack((shard.group_of_row[real_rows], g_idx[rows].long())).unique(dim=1)
-        own_groups, source_groups = pairs
+        # Every group of the shard beside the source group of each of its rows.
+        pairs = np.stack((real_rows // shard.group_size, layer.g_idx[rows]))
+        stored_groups, groups = np.unique(pairs, axis=1)
         for part in ("zeros", "scales"):
-            stored = _bits(getattr(own, part))[own_groups][:, real_cols]
-            if not torch.equal(stored, _bits(getattr(source, part))[source_groups][:, cols]):
+            stored = gather(_bits(getattr(own, part)), stored_groups, real_cols)
+            if not torch.equal(stored, gather(_bits(getattr(source, part)), groups, cols)):
                 name = "qzeros" if part == "zeros" else part
                 yield f"{name} of its rows' groups differ from the source's"
 
-        padding = torch.from_numpy(np.flatnonzero(shard.rows < 0)).to(self.device)
-        group = shard.group_of_row[padding]
+        padding, absent = (
+            torch.from_numpy(np.flatnonzero(vector < 0)).to(self.device)
+            for vector in (shard.rows, shard.cols)
+        )
+        group = padding // shard.group_size
         steps = own.values[padding] - zero_points(own.zeros, self.quant.checkpoint_format)[group]
         if ((steps != 0) & (own.scales[group] != 0)).any():
             yield "padding rows are not exactly zero"
-        absent = torch.from_numpy(np.flatnonzero(shard.cols < 0)).to(self.device)
         if (own.scales[:, absent] != 0).any():
             yield "padding columns are not exactly zero"
         if own.bias is not None and source.bias is not None:
-            if not torch.equal(_bits(own.bias)[real_cols], _bits(source.bias)[cols]):
+            if not np.array_equal(_bits(own.bias).cpu()[real_cols], _bits(source.bias).cpu()[cols]):
                 yield "bias differs from the source's"
             if (own.bias[absent] != 0).any():
                 yield "bias of padding columns is not zero"
@@ -359,9 +362,7 @@ class _Block:
         """The source channels of a rank's input, according to every layer that produces it."""
         if layer.linear.reads is Axis.HIDDEN:
             return [np.arange(layer.in_features, dtype=np.int32)]
-        return [
-            self.shards[writer.name][rank].cols for writer in self._writers(layer.linear.reads)
-        ]
+        return [self.shards[writer.name][rank].cols for writer in self._writers(layer.linear.reads)]
 
     def _counts(self, layer: Layer) -> Iterator[str]:
         """Every source row and column is kept once."""
@@ -369,12 +370,12 @@ class _Block:
         copies = 1
         if layer.linear.writes is Axis.KV:
             copies = max(1, self.stored.tp // self.geometry.kv_heads)
-        rows = [_count(shard.rows, layer.in_features) for shard in shards]
-        cols = [_count(shard.cols, layer.out_features) for shard in shards]
+        rows = np.stack([_count(shard.rows, layer.in_features) for shard in shards])
+        cols = np.stack([_count(shard.cols, layer.out_features) for shard in shards])
         if layer.linear.parallel == "column":
-            good = all((count == 1).all() for count in rows), (sum(cols) == copies).all()
+            good = (rows == 1).all(), (cols.sum(axis=0) == copies).all()
         else:
-            good = (sum(rows) == 1).all(), all((count == 1).all() for count in cols)
+            good = (rows.sum(axis=0) == 1).all(), (cols == 1).all()
         for what, ok in zip(("rows", "columns"), good, strict=True):
             if not ok:
                 yield f"its ranks don't keep every source {what[:-1]} exactly once"
@@ -389,12 +390,8 @@ class _Block:
         for output in (Axis.QUERY, Axis.MLP):
             layer = next(layer for layer in self.layers if layer.linear.reads is output)
             expected = self._half(output, x, None)
-            summed = sum(self._half(output, x, rank) for rank in range(self.stored.tp))
-            bias = self.source[layer.name].bias
-            if bias is not None:
-                stored = self.stored.shared(f"{layer.name}.bias")
-                expected = expected + bias.double()
-                summed = summed + (0 if stored is None else stored.to(self.device).double())
+            ranks = [self._half(output, x, rank) for rank in range(self.stored.tp)]
+            summed = torch.stack(ranks).sum(dim=0)
             error = (summed - expected).abs().max() / expected.abs().max()
             if not error <= TOLERANCE:
                 yield (
@@ -403,7 +400,10 @@ class _Block:
                 )
 
     def _half(self, axis: Axis, x: Tensor, rank: int | None) -> Tensor:
-        """Attention or MLP: what one rank contributes, or the source (rank None); (T, hidden)."""
+        """Attention or MLP: what one rank contributes, or the source (rank None); (T, hidden).
+
+        The row-parallel bias is left out: it is a shared tensor, and added after the sum.
+        """
         inner = [self._apply(layer, x, rank) for layer in self._writers(axis)]
         if axis is Axis.QUERY:
             inner += [self._apply(layer, x, rank) for layer in self._writers(Axis.KV)]
@@ -421,12 +421,14 @@ class _Block:
             group_of_row = torch.from_numpy(layer.g_idx).to(self.device).long()
         else:
             shard = self.shards[layer.name][rank]
-            weights, group_of_row = shard.weights, shard.group_of_row
+            weights = shard.weights
+            group_of_row = torch.arange(len(shard.perm), device=self.device) // shard.group_size
             x = x[:, shard.perm]
         out = torch.cat(
             [
                 x @ weights.columns(cols).dequantise(group_of_row, self.quant, x.dtype)
-                for cols in torch.arange(weights.values.shape[1]).split(COLUMNS_AT_ONCE)
+                for start in range(0, weights.values.shape[1], COLUMNS_AT_ONCE)
+                for cols in [slice(start, start + COLUMNS_AT_ONCE)]
             ],
             dim=1,
         )
@@ -439,7 +441,11 @@ class _Block:
         q, k, v = (t.unflatten(1, (-1, self.geometry.head_dim)).transpose(0, 1) for t in (q, k, v))
         q, k = (_rotate(self._head_norm(t, name)) for t, name in ((q, "q_norm"), (k, "k_norm")))
         k, v = (t.repeat_interleave(len(q) // len(k), dim=0) for t in (k, v))
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(0, 1).flatten(1)
+        return (
+            functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+            .transpose(0, 1)
+            .flatten(1)
+        )
 
     def _head_norm(self, heads: Tensor, name: str) -> Tensor:
         """The per-head norm that some models apply to queries and keys; (heads, T, head_dim)."""
@@ -448,17 +454,11 @@ class _Block:
         if full not in self.checkpoint.shared:
             return heads
         weight = self.checkpoint.source.tensor(full).to(heads)
-        return F.rms_norm(heads, (heads.shape[-1],), weight)
+        return functional.rms_norm(heads, (heads.shape[-1],), weight)
 
 
 class _DamagedError(Exception):
     """A stored tensor that can't be compared at all."""
-
-
-def _real(vector: IntArray, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Where an index vector is not padding, and what it says there."""
-    real = np.flatnonzero(vector >= 0)
-    return torch.from_numpy(real).to(device), torch.from_numpy(vector[real]).long().to(device)
 
 
 def _count(vector: IntArray, size: int) -> IntArray:

@@ -84,8 +84,8 @@ class _Part:
         expected, spec = self._expected.pop()
         data = tensor.detach().cpu().contiguous()
         if (name, tuple(data.shape), data.nbytes) != (expected, spec.shape, spec.nbytes):
-            raise AssertionError(f"{name} {tuple(data.shape)} written where {expected} {spec} was due")
-        self._append(memoryview(data.reshape(-1).view(torch.uint8).numpy()))
+            raise AssertionError(f"{name} {tuple(data.shape)} written where {expected} was due")
+        self._append(data.reshape(-1).view(torch.uint8).numpy().data)
 
     def _append(self, data: bytes | memoryview) -> None:
         self._hash.update(data)
@@ -139,8 +139,8 @@ def check_free(out: Path, overwrite: bool, needed: int, source: Path) -> None:
             )
         if not _is_output(out):
             raise OutputError(
-                f"{out}: is no output of this tool (it has no {MANIFEST}), so --overwrite leaves it; "
-                "must be a new directory, an empty one, or an earlier output",
+                f"{out}: has no {MANIFEST}; what --overwrite replaces must be an earlier output, "
+                "or an empty directory",
                 hint="name another output directory",
             )
     parent = next(p for p in real.parents if p.exists())
