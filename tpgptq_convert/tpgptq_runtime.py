@@ -299,7 +299,7 @@ def _fill(
     for name, module in list(model.named_modules()):
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):  # rotary embeddings
             parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, type(module)(config, device=device))
+            setattr(model.get_submodule(parent), child, type(module)(config).to(device))
 
 
 def main() -> None:

@@ -1,0 +1,211 @@
+"""Synthetic GPTQ checkpoints of any shape, and slow, obvious versions of what the package does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+BITS, PACK = 4, 8
+ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
+NAMES = {x: f"self_attn.{x}_proj" for x in ATTENTION} | {x: f"mlp.{x}_proj" for x in MLP}
+
+
+def slow_pack_rows(values: np.ndarray) -> np.ndarray:
+    """(K, N) integers of 4 bits -> (K/8, N) int32, one value at a time."""
+    k, n = values.shape
+    words = [[0] * n for _ in range(k // PACK)]
+    for row in range(k):
+        for col in range(n):
+            words[row // PACK][col] |= int(values[row, col]) << BITS * (row % PACK)
+    return np.array(words, np.uint32).reshape(k // PACK, n).view(np.int32)
+
+
+def slow_unpack_rows(words: np.ndarray) -> np.ndarray:
+    """(K/8, N) int32 -> (K, N), one value at a time."""
+    return np.array(
+        [[(int(w) & 0xFFFFFFFF) >> BITS * j & 15 for w in row] for row in words for j in range(PACK)]
+    )
+
+
+def dequantise(
+    tensors: Mapping[str, torch.Tensor], g_idx: np.ndarray, v2: bool = False
+) -> torch.Tensor:
+    """The float64 weight (K, N) of stored tensors, by the formula of the format alone."""
+    values = slow_unpack_rows(tensors["qweight"].numpy())
+    zeros = slow_unpack_rows(tensors["qzeros"].numpy().T).T + (0 if v2 else 1)
+    scales = tensors["scales"].double().numpy()
+    return torch.from_numpy(scales[g_idx] * (values - zeros[g_idx]))
+
+
+def make_g_idx(rng: np.random.Generator, k: int, group_size: int) -> np.ndarray:
+    """A random order of rows: full groups, the last one shorter where group_size doesn't divide."""
+    return (np.arange(k) // group_size)[np.argsort(rng.permutation(k))].astype(np.int32)
+
+
+def make_layer(
+    rng: np.random.Generator,
+    k: int,
+    n: int,
+    g_idx: np.ndarray,
+    *,
+    sym: bool = True,
+    v2: bool = False,
+    dtype: torch.dtype = torch.float16,
+) -> dict[str, torch.Tensor]:
+    """Random tensors of one quantised layer; g_idx (K,) is stored as it is."""
+    groups = int(g_idx.max()) + 1
+    zeros = np.full((groups, n), 8) if sym else rng.integers(1, 16, (groups, n))
+    words = rng.integers(0, 1 << 32, (k // PACK, n), dtype=np.uint32).view(np.int32)
+    scales = rng.uniform(0.5, 1.5, (groups, n)) / np.sqrt(k) / 4
+    return {
+        "qweight": torch.from_numpy(words),
+        "qzeros": torch.from_numpy(slow_pack_rows((zeros - (0 if v2 else 1)).T).T.copy()),
+        "scales": torch.from_numpy(scales).to(dtype),
+        "g_idx": torch.from_numpy(g_idx),
+    }
+
+
+def make_checkpoint(
+    directory: Path,
+    *,
+    model_type: str = "llama",
+    hidden: int = 64,
+    heads: int = 4,
+    kv_heads: int = 2,
+    head_dim: int = 16,
+    intermediate: int = 96,
+    blocks: int = 2,
+    vocab: int = 32,
+    group_size: int = 32,
+    sym: bool = True,
+    checkpoint_format: str | None = None,
+    g_idx: str = "shared",  # shared, different, trivial, zero, missing
+    zero_biases: bool = False,
+    tied: bool = False,
+    files: int = 1,
+    basename: str = "model",
+    config_file: str = "config.json",  # where the quantisation config stands
+    dtype: torch.dtype = torch.float16,
+    quant: Mapping[str, Any] | None = None,  # replaces keys of the quantisation config
+    config: Mapping[str, Any] | None = None,  # replaces keys of config.json; None removes
+    seed: int = 0,
+) -> Path:
+    """Write a checkpoint and return its directory."""
+    rng = np.random.default_rng(seed)
+    directory.mkdir(parents=True, exist_ok=True)
+    query, kv = heads * head_dim, kv_heads * head_dim
+    shapes = {
+        "q": (hidden, query),
+        "k": (hidden, kv),
+        "v": (hidden, kv),
+        "o": (query, hidden),
+        "gate": (hidden, intermediate),
+        "up": (hidden, intermediate),
+        "down": (intermediate, hidden),
+    }
+    biased = {"qwen2": ("q", "k", "v")}.get(model_type, ())
+    if (config or {}).get("attention_bias"):
+        biased += ATTENTION
+    if (config or {}).get("mlp_bias"):
+        biased += MLP
+    tensors: dict[str, torch.Tensor] = {}
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.from_numpy(rng.normal(size=shape)).to(dtype)
+
+    for block in range(blocks):
+        prefix = f"model.layers.{block}"
+        orders: dict[str, np.ndarray] = {}
+        for name, (k, n) in shapes.items():
+            size = k if group_size == -1 else group_size
+            kin = name if g_idx == "different" else {"k": "q", "v": "q", "up": "gate"}.get(name, name)
+            if kin not in orders:
+                orders[kin] = make_g_idx(rng, k, size)
+            order = orders[kin]
+            if g_idx in ("trivial", "zero", "missing"):
+                order = (np.arange(k) // size).astype(np.int32)
+            layer = make_layer(
+                rng, k, n, order, sym=sym, v2=checkpoint_format == "gptq_v2", dtype=dtype
+            )
+            if g_idx == "zero":
+                layer["g_idx"].zero_()
+            if g_idx == "missing":
+                del layer["g_idx"]
+            if name in biased:
+                layer["bias"] = normal(n) * 0.1
+            elif zero_biases:
+                layer["bias"] = torch.zeros(n, dtype=dtype)
+            tensors |= {f"{prefix}.{NAMES[name]}.{part}": t for part, t in layer.items()}
+        tensors[f"{prefix}.input_layernorm.weight"] = normal(hidden) * 0.1 + 1
+        tensors[f"{prefix}.post_attention_layernorm.weight"] = normal(hidden) * 0.1 + 1
+        if model_type == "qwen3":
+            tensors[f"{prefix}.self_attn.q_norm.weight"] = normal(head_dim) * 0.1 + 1
+            tensors[f"{prefix}.self_attn.k_norm.weight"] = normal(head_dim) * 0.1 + 1
+    tensors["model.embed_tokens.weight"] = normal(vocab, hidden)
+    tensors["model.norm.weight"] = normal(hidden) * 0.1 + 1
+    if not tied:
+        tensors["lm_head.weight"] = normal(vocab, hidden)
+
+    _write_files(directory, tensors, files, basename)
+    quantization = {
+        "quant_method": "gptq",
+        "bits": BITS,
+        "group_size": group_size,
+        "desc_act": g_idx in ("shared", "different"),
+        "sym": sym,
+    }
+    if checkpoint_format:
+        quantization["checkpoint_format"] = checkpoint_format
+    quantization |= quant or {}
+    model = {
+        "architectures": [f"{model_type.capitalize()}ForCausalLM"],
+        "model_type": model_type,
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": blocks,
+        "vocab_size": vocab,
+        "tie_word_embeddings": tied,
+        "max_position_embeddings": 128,
+        "rms_norm_eps": 1e-6,
+        "hidden_act": "silu",
+    } | dict(config or {})
+    if config_file == "config.json":
+        model["quantization_config"] = quantization
+    else:
+        (directory / config_file).write_text(json.dumps(quantization))
+    (directory / "config.json").write_text(json.dumps(model))
+    return directory
+
+
+def _write_files(
+    directory: Path, tensors: dict[str, torch.Tensor], files: int, basename: str
+) -> None:
+    """One file, or several with an index, the tensors of a layer spread over them."""
+    if files == 1:
+        save_file(tensors, directory / f"{basename}.safetensors")
+        return
+    names = [f"{basename}-{i + 1:05}-of-{files:05}.safetensors" for i in range(files)]
+    weight_map = {tensor: names[i % files] for i, tensor in enumerate(tensors)}
+    for name in names:
+        save_file({t: tensors[t] for t, file in weight_map.items() if file == name}, directory / name)
+    (directory / f"{basename}.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
+
+
+def edit_tensors(path: Path, edit: Any) -> None:
+    """Rewrite a safetensors file after edit(tensors) changed the dictionary in place."""
+    from safetensors.torch import load_file
+
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    edit(tensors)
+    save_file(tensors, path)
