@@ -29,7 +29,11 @@ def slow_pack_rows(values: np.ndarray) -> np.ndarray:
 def slow_unpack_rows(words: np.ndarray) -> np.ndarray:
     """(K/8, N) int32 -> (K, N), one value at a time."""
     return np.array(
-        [[(int(w) & 0xFFFFFFFF) >> BITS * j & 15 for w in row] for row in words for j in range(PACK)]
+        [
+            [(int(w) & 0xFFFFFFFF) >> BITS * j & 15 for w in row]
+            for row in words
+            for j in range(PACK)
+        ]
     )
 
 
@@ -67,7 +71,7 @@ def make_layer(
         "qweight": torch.from_numpy(words),
         "qzeros": torch.from_numpy(slow_pack_rows((zeros - (0 if v2 else 1)).T).T.copy()),
         "scales": torch.from_numpy(scales).to(dtype),
-        "g_idx": torch.from_numpy(g_idx),
+        "g_idx": torch.from_numpy(g_idx.copy()),
     }
 
 
@@ -124,7 +128,9 @@ def make_checkpoint(
         orders: dict[str, np.ndarray] = {}
         for name, (k, n) in shapes.items():
             size = k if group_size == -1 else group_size
-            kin = name if g_idx == "different" else {"k": "q", "v": "q", "up": "gate"}.get(name, name)
+            kin = (
+                name if g_idx == "different" else {"k": "q", "v": "q", "up": "gate"}.get(name, name)
+            )
             if kin not in orders:
                 orders[kin] = make_g_idx(rng, k, size)
             order = orders[kin]
@@ -196,7 +202,9 @@ def _write_files(
     names = [f"{basename}-{i + 1:05}-of-{files:05}.safetensors" for i in range(files)]
     weight_map = {tensor: names[i % files] for i, tensor in enumerate(tensors)}
     for name in names:
-        save_file({t: tensors[t] for t, file in weight_map.items() if file == name}, directory / name)
+        save_file(
+            {t: tensors[t] for t, file in weight_map.items() if file == name}, directory / name
+        )
     (directory / f"{basename}.safetensors.index.json").write_text(
         json.dumps({"metadata": {}, "weight_map": weight_map})
     )

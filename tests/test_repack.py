@@ -125,7 +125,11 @@ def bucketed_by_hand(rows: np.ndarray, g_idx: np.ndarray, unit: int, n: int) -> 
         out += bucket
         groups += [group] * (len(bucket) // unit)
     return Shard(
-        np.array(out, np.int32), np.arange(n, dtype=np.int32), np.array(groups, np.int32), unit, None
+        np.array(out, np.int32),
+        np.arange(n, dtype=np.int32),
+        np.array(groups, np.int32),
+        unit,
+        None,
     )
 
 

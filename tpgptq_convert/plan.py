@@ -280,10 +280,12 @@ class Plan:
             if linear.reads is Axis.MLP:  # whole groups are dealt to the ranks
                 most = -(-most // (unit * self.tp)) * unit
             return _row_count(most, natural, unit), unit
-        needed = {unit: self._bucketed_rows(layers, unit) for unit in self._row_units(layers[0])}
-        least = needed[min(needed)]
-        unit = max(unit for unit, rows in needed.items() if rows == least)
-        return _row_count(least, natural, unit), unit
+        rows = {
+            unit: _row_count(self._bucketed_rows(layers, unit), natural, unit)
+            for unit in self._row_units(layers[0])
+        }
+        unit = max(unit for unit in rows if rows[unit] == min(rows.values()))
+        return rows[unit], unit
 
     def _row_units(self, layer: Layer) -> list[int]:
         """Group sizes that attention output rows may have: from row_group to the source's own."""

@@ -1,0 +1,372 @@
+"""The laws of the index vectors, and the float64 sum over the ranks, for random models."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from factories import NAMES, dequantise, make_g_idx, make_layer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tpgptq_convert.checkpoint import Checkpoint, Layer
+from tpgptq_convert.config import QuantConfig
+from tpgptq_convert.errors import DegreeError
+from tpgptq_convert.families import FAMILIES, LLAMA, Axis
+from tpgptq_convert.plan import Plan, Shard, legal_degrees, make_plans
+from tpgptq_convert.repack import repack, unpack
+from tpgptq_convert.source import TensorSpec
+
+BY_NAME = {name: short for short, name in NAMES.items()}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model in memory: the planner's checkpoint and the tensors that it never sees."""
+
+    checkpoint: Checkpoint
+    tensors: list[dict[str, dict[str, torch.Tensor]]]  # per block, by layer name
+
+
+def make_model(
+    heads: int,
+    kv: int,
+    head_dim: int,
+    hidden: int,
+    intermediate: int,
+    group_size: int,
+    order: str,
+    seed: int,
+    sym: bool = True,
+    blocks: int = 1,
+) -> Model:
+    rng = np.random.default_rng(seed)
+    config: dict[str, Any] = {
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "head_dim": head_dim,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": blocks,
+        "model_type": "llama",
+    }
+    geometry = LLAMA.geometry(config)
+    widths = {
+        Axis.HIDDEN: hidden,
+        Axis.QUERY: heads * head_dim,
+        Axis.KV: kv * head_dim,
+        Axis.MLP: intermediate,
+    }
+    all_layers, all_tensors = [], []
+    for block in range(blocks):
+        layers, tensors = [], {}
+        shared: dict[Axis, np.ndarray] = {}
+        for linear in LLAMA.linears:
+            k, n = widths[linear.reads], widths[linear.writes]
+            size = k if group_size == -1 else min(group_size, k)
+            g_idx = make_g_idx(rng, k, size)
+            if order == "equal":
+                g_idx = shared.setdefault(linear.reads, g_idx)
+            elif order == "trivial":
+                g_idx = (np.arange(k) // size).astype(np.int32)
+            elif order == "uneven":  # any group may hold any number of rows
+                g_idx = rng.integers(0, -(-k // size), k).astype(np.int32)
+                g_idx[0] = -(-k // size) - 1
+            name = f"model.layers.{block}.{linear.name}"
+            tensors[name] = make_layer(rng, k, n, g_idx, sym=sym)
+            scales = TensorSpec("F16", tuple(tensors[name]["scales"].shape))
+            layers.append(Layer(name, linear, k, n, size, g_idx, scales, None))
+        all_layers.append(tuple(layers))
+        all_tensors.append(tensors)
+    checkpoint = Checkpoint(
+        source=None,  # type: ignore[arg-type]  # the planner reads no tensor
+        config=config,
+        quant=QuantConfig(4, group_size, sym, True, False, "gptq"),
+        family=LLAMA,
+        geometry=geometry,
+        blocks=tuple(all_layers),
+        shared=(),
+        notes=(),
+    )
+    return Model(checkpoint, all_tensors)
+
+
+@st.composite
+def models(draw: st.DrawFn) -> Model:
+    kv = draw(st.sampled_from([1, 2, 3, 4, 5]))
+    return make_model(
+        heads=kv * draw(st.sampled_from([1, 2, 3, 4])),
+        kv=kv,
+        head_dim=draw(st.sampled_from([8, 16])),
+        hidden=8 * draw(st.integers(2, 12)),  # ragged last groups included
+        intermediate=8 * draw(st.integers(2, 24)),
+        group_size=draw(st.sampled_from([8, 16, 32, 64, -1])),
+        order=draw(st.sampled_from(["equal", "different", "trivial", "uneven"])),
+        seed=draw(st.integers(0, 10_000)),
+        sym=draw(st.booleans()),
+        blocks=draw(st.integers(1, 2)),
+    )
+
+
+def any_plan(data: st.DataObject, model: Model) -> Plan:
+    tp = data.draw(st.sampled_from(legal_degrees(model.checkpoint.geometry)), "tp")
+    row_group = data.draw(st.sampled_from([32, 16, 8]), "row_group")
+    return make_plans(model.checkpoint, [tp], row_group)[0]
+
+
+slow = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow], max_examples=60)
+
+
+@slow
+@given(models(), st.data())
+def test_every_shard_obeys_the_laws(model: Model, data: st.DataObject) -> None:
+    plan = any_plan(data, model)
+    for index, block in enumerate(model.checkpoint.blocks):
+        shards = plan.block(index)
+        for layer in block:
+            size = plan.sizes[layer.linear.name]
+            for shard in shards[layer.name]:
+                assert shard.rows.shape == (size.in_features,)
+                assert shard.cols.shape == (size.out_features,)
+                assert shard.groups.shape == (size.groups,)
+                assert shard.group_size == size.group_size
+                for j, row in enumerate(shard.rows):
+                    assert row == -1 or layer.g_idx[row] == shard.groups[j // shard.group_size]
+                assert (shard.perm is not None) == plan.has_perm(layer)
+            check_kept_once(plan, layer, shards[layer.name])
+
+
+def check_kept_once(plan: Plan, layer: Layer, shards: tuple[Shard, ...]) -> None:
+    """Row-parallel: the ranks share out the rows. Column-parallel: they share out the columns."""
+    every_row, every_col = list(range(layer.in_features)), list(range(layer.out_features))
+    rows = [sorted(r for r in shard.rows.tolist() if r >= 0) for shard in shards]
+    cols = [sorted(c for c in shard.cols.tolist() if c >= 0) for shard in shards]
+    if layer.linear.parallel == "row":
+        assert sorted(sum(rows, [])) == every_row
+        assert all(c == every_col for c in cols)
+    else:
+        copies = plan.replicas if layer.linear.writes is Axis.KV else 1
+        assert all(r == every_row for r in rows)
+        assert sorted(sum(cols, [])) == sorted(every_col * copies)
+
+
+@slow
+@given(models(), st.data())
+def test_the_sum_over_the_ranks_equals_the_source(model: Model, data: st.DataObject) -> None:
+    plan = any_plan(data, model)
+    quant, geometry = model.checkpoint.quant, model.checkpoint.geometry
+    x = torch.from_numpy(np.random.default_rng(1).normal(size=(3, geometry.hidden)))
+    for index, tensors in enumerate(model.tensors):
+        shards = plan.block(index)
+        source = {
+            BY_NAME[layer.linear.name]: dequantise(tensors[layer.name], layer.g_idx)
+            for layer in model.checkpoint.blocks[index]
+        }
+        attention, mlp = block_outputs(x, source, {}, geometry.head_dim)
+        summed_attention, summed_mlp = torch.zeros_like(attention), torch.zeros_like(mlp)
+        for rank in range(plan.tp):
+            weights, perms = {}, {}
+            for layer in model.checkpoint.blocks[index]:
+                t, shard = tensors[layer.name], shards[layer.name][rank]
+                packed = repack(
+                    unpack(t["qweight"], t["qzeros"], t["scales"], None, quant), shard, quant
+                )
+                short = BY_NAME[layer.linear.name]
+                group_of_row = np.arange(len(shard.rows)) // shard.group_size
+                weights[short] = dequantise(packed, group_of_row)
+                if shard.perm is not None:
+                    perms[short] = torch.from_numpy(shard.perm)
+            own_attention, own_mlp = block_outputs(x, weights, perms, geometry.head_dim)
+            summed_attention += own_attention
+            summed_mlp += own_mlp
+        for summed, expected in ((summed_attention, attention), (summed_mlp, mlp)):
+            torch.testing.assert_close(summed, expected, rtol=0, atol=1e-12 * expected.abs().max())
+
+
+def block_outputs(
+    x: torch.Tensor, w: dict[str, torch.Tensor], perms: dict[str, torch.Tensor], head_dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention and MLP written out head by head, each from the same input; (M, hidden)."""
+
+    def apply(name: str, inputs: torch.Tensor) -> torch.Tensor:
+        return (inputs[:, perms[name]] if name in perms else inputs) @ w[name]
+
+    q, k, v = (apply(name, x).split(head_dim, dim=1) for name in "qkv")
+    heads = []
+    for i, query in enumerate(q):
+        j = i * len(k) // len(q)
+        heads.append(torch.softmax(query @ k[j].T / head_dim**0.5, dim=-1) @ v[j])
+    gate = apply("gate", x)
+    return (
+        apply("o", torch.cat(heads, dim=1)),
+        apply("down", gate * torch.sigmoid(gate) * apply("up", x)),
+    )
+
+
+@slow
+@given(models(), st.data())
+def test_merged_shards_are_the_shards_in_rank_order(model: Model, data: st.DataObject) -> None:
+    plan = any_plan(data, model)
+    for layer in model.checkpoint.blocks[0]:
+        shards = plan.block(0)[layer.name]
+        merged = plan.merged(layer, shards)
+        pieces = plan.tp
+        if layer.linear.writes is Axis.KV:
+            pieces //= plan.replicas
+            assert sorted(merged.cols.tolist()) == list(range(layer.out_features))
+        for rank, shard in enumerate(shards):
+            piece = rank * pieces // plan.tp
+            if layer.linear.parallel == "row":
+                assert np.array_equal(np.split(merged.rows, pieces)[piece], shard.rows)
+                assert np.array_equal(np.split(merged.groups, pieces)[piece], shard.groups)
+            else:
+                assert np.array_equal(np.split(merged.cols, pieces)[piece], shard.cols)
+                assert np.array_equal(merged.rows, shard.rows)
+        specs = plan.merged_tensors(layer)
+        assert specs["qweight"].shape == (len(merged.rows) // 8, len(merged.cols))
+        assert specs["scales"].shape == (len(merged.groups), len(merged.cols))
+        assert ("perm" in specs) == (merged.perm is not None)
+        if merged.perm is not None:
+            assert specs["perm"].shape == merged.perm.shape
+
+
+def plan_of(tp: int, row_group: int = 32, **shape: Any) -> Plan:
+    model = make_model(**{"order": "different", "seed": 0, **shape})
+    return make_plans(model.checkpoint, [tp], row_group)[0]
+
+
+LLAMA_7B = {
+    "heads": 8,
+    "kv": 8,
+    "head_dim": 128,
+    "hidden": 1024,
+    "intermediate": 11008,
+    "group_size": 128,
+}
+
+
+def test_86_groups_are_dealt_to_4_ranks_22_each() -> None:
+    plan = plan_of(4, **LLAMA_7B)
+    down = plan.sizes["mlp.down_proj"]
+    assert (down.in_features, down.group_size) == (22 * 128, 128)
+    assert plan.sizes["mlp.gate_proj"].out_features == 22 * 128
+    assert plan.intermediate == 88 * 128
+    groups = [s.groups.tolist() for s in plan.block(0)["model.layers.0.mlp.down_proj"]]
+    assert sorted(sum(groups, [])) == [-1, -1, *range(86)]
+
+
+def test_groups_that_divide_are_not_padded() -> None:
+    plan = plan_of(2, **LLAMA_7B)
+    assert plan.sizes["mlp.down_proj"].in_features == 43 * 128
+    assert plan.intermediate == 11008
+
+
+def test_smaller_row_groups_pad_attention_output_less() -> None:
+    shape = {**LLAMA_7B, "heads": 32, "kv": 32, "intermediate": 256}
+    sizes = [plan_of(4, unit, **shape).sizes["self_attn.o_proj"] for unit in (32, 16, 8)]
+    assert [size.group_size for size in sizes] == [32, 16, 8]
+    rows = [size.in_features for size in sizes]
+    assert rows == sorted(rows, reverse=True)
+    assert 1024 < rows[2] < rows[1] < rows[0] < 2 * 1024
+    assert all(count % 128 == 0 for count in rows)
+
+
+def test_a_smaller_row_group_that_saves_nothing_is_not_taken() -> None:
+    sizes = [plan_of(4, unit, **LLAMA_7B).sizes["self_attn.o_proj"] for unit in (32, 16)]
+    assert sizes[0] == sizes[1]
+    assert sizes[0].group_size == 32
+
+
+def test_tp_1_pads_nothing_and_keeps_the_group_size() -> None:
+    plan = plan_of(1, **LLAMA_7B)
+    assert plan.growth == 1
+    assert {size.group_size for size in plan.sizes.values()} == {128}
+
+
+def test_a_trivial_order_needs_no_perm_where_heads_hold_whole_groups() -> None:
+    plan = plan_of(4, **LLAMA_7B, order="trivial")
+    assert not any(plan.has_perm(layer) for layer in plan.checkpoint.layers)
+    assert plan.sizes["self_attn.o_proj"].group_size == 128
+
+
+def test_a_trivial_order_is_cut_into_halves_of_groups_without_padding() -> None:
+    plan = plan_of(
+        2,
+        heads=14,
+        kv=2,
+        head_dim=64,
+        hidden=896,
+        intermediate=896,
+        group_size=128,
+        order="trivial",
+    )
+    size = plan.sizes["self_attn.o_proj"]
+    assert (size.in_features, size.group_size) == (448, 64)
+
+
+def test_one_group_per_column_is_cut_anywhere() -> None:
+    plan = plan_of(4, **{**LLAMA_7B, "group_size": -1})
+    assert plan.growth == 1
+    for size in plan.sizes.values():
+        assert size.group_size == size.in_features
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv", "legal"),
+    [
+        (9, 3, (1, 3, 9)),
+        (4, 2, (1, 2, 4)),
+        (32, 8, (1, 2, 4, 8, 16, 32)),
+        (48, 1, (1, 2, 3, 4, 6, 8, 12, 16, 24, 48)),
+        (40, 40, (1, 2, 4, 5, 8, 10, 20, 40)),
+        (28, 4, (1, 2, 4, 28)),
+    ],
+)
+def test_legal_degrees(heads: int, kv: int, legal: tuple[int, ...]) -> None:
+    model = make_model(heads, kv, 8, 64, 64, 32, "equal", 0)
+    assert legal_degrees(model.checkpoint.geometry) == legal
+    for tp in range(-1, heads + 2):
+        if tp not in legal:
+            with pytest.raises(
+                DegreeError, match=f"tp {tp}: .*one of {', '.join(map(str, legal))}"
+            ):
+                make_plans(model.checkpoint, [tp])
+
+
+def test_all_wrong_degrees_are_named_together() -> None:
+    model = make_model(9, 3, 8, 64, 64, 32, "equal", 0)
+    with pytest.raises(DegreeError) as error:
+        make_plans(model.checkpoint, [2, 3, 4])
+    assert [problem.partition(":")[0] for problem in error.value.problems] == ["tp 2", "tp 4"]
+
+
+def test_every_family_is_wired_completely() -> None:
+    """Each axis that a rank cuts has its writers, and one layer that reads it."""
+    for family in FAMILIES.values():
+        for axis in (Axis.QUERY, Axis.MLP):
+            assert [linear.writes for linear in family.linears].count(axis) >= 1
+            assert [linear.reads for linear in family.linears].count(axis) == 1
+        assert {linear.parallel for linear in family.linears} == {"column", "row"}
+
+
+def test_planning_imports_no_torch(tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    from factories import make_checkpoint
+
+    directory = make_checkpoint(tmp_path / "m")
+    code = (
+        "import sys, pathlib, json\n"
+        "from tpgptq_convert.checkpoint import read_checkpoint\n"
+        "from tpgptq_convert.plan import make_plans\n"
+        f"plan = make_plans(read_checkpoint(pathlib.Path({str(directory)!r})), [2])[0]\n"
+        "plan.block(0); print(json.dumps('torch' in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) is False
