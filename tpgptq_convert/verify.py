@@ -104,6 +104,8 @@ def _check_files(out: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
         elif (actual := checksum(out / name)) != stated:
             what = "bytes" if actual["bytes"] != stated["bytes"] else "sha256"
             yield f"{name}: {what} is {actual[what]}; the manifest says {stated[what]}"
+    if not (out / INDEX).is_file() and INDEX not in listed:
+        yield f"{INDEX}: missing; only the functional proof was made"
     for path in sorted(out.glob("*.safetensors")):
         if path.name not in listed:
             yield f"{path.name}: not in the manifest"
@@ -156,7 +158,7 @@ class _Shard:
     weights: Unpacked
     group_size: int
     perm: Tensor  # (K_r,), the identity where none is stored
-    rows: IntArray  # source row of each stored row, -1 for padding
+    rows: IntArray  # source row of each stored row, -1 for padding; empty without an index file
     cols: IntArray
 
 
@@ -170,7 +172,8 @@ class _Stored:
             rank: [SafetensorsFile(out / name) for name in files]
             for rank, files in _weight_files(manifest)
         }
-        self._index = SafetensorsFile(out / INDEX) if (out / INDEX).is_file() else None
+        self.has_index = (out / INDEX).is_file()
+        self._index = SafetensorsFile(out / INDEX) if self.has_index else None
 
     def _find(self, name: str, rank: int | None) -> Tensor | None:
         for file in self._files[rank if rank in self._files else None]:
@@ -234,7 +237,7 @@ class _Block:
         if self.damaged:
             return self.damaged
         found = []
-        for layer in self.layers:
+        for layer in self.layers if self.stored.has_index else ():
             for rank, shard in enumerate(self.shards[layer.name]):
                 found += [
                     f"{layer.name}: rank {rank}: {what}" for what in self._exact(layer, rank, shard)
@@ -300,6 +303,8 @@ class _Block:
         return [layer for layer in self.layers if layer.linear.writes is axis]
 
     def _origin(self, layer: Layer, what: str, rank: int, size: int, limit: int) -> IntArray:
+        if not self.stored.has_index:
+            return np.empty(0, np.int32)
         vector = self.stored.origin(f"{layer.name}.{what}", rank)
         if vector is None:
             raise _DamagedError(f"{what} are missing from {INDEX}")
