@@ -40,8 +40,7 @@ class Group(click.Group):
                 click.echo(f"Error: {problem}", err=True)
             if len(error.problems) > PROBLEMS_SHOWN:
                 click.echo(f"... and {len(error.problems) - PROBLEMS_SHOWN} more", err=True)
-            if error.hint:
-                click.echo(f"Hint: {error.hint}", err=True)
+            click.echo(f"Hint: {error.hint}", err=True)
             ctx.exit(error.exit_code)
 
 
@@ -186,13 +185,7 @@ def convert(
     started = time.monotonic()
     work = conversion.work_bytes(checkpoint, plans, check)
     with _progress("Converting", work, quiet) as progress:
-        try:
-            manifests = conversion.convert(checkpoint, plans, out, options, progress)
-        except VerificationError as error:
-            raise VerificationError(
-                *error.problems,
-                hint=f"this is a bug, or a bad disk; the output is kept in {out}.failed for study",
-            ) from None
+        manifests = conversion.convert(checkpoint, plans, out, options, progress)
     seconds = time.monotonic() - started
     if as_json:
         click.echo(
@@ -253,7 +246,10 @@ def verify(model: Path, out: Path, device: str, quiet: bool, as_json: bool) -> N
     from tpgptq_convert.verify import verify as prove
 
     if not out.is_dir():
-        raise OutputError(f"{out}: no such directory; must be an output of `tpgptq convert`")
+        raise OutputError(
+            f"{out}: no such directory; must be an output of `tpgptq convert`",
+            hint=f"make it: tpgptq convert --tp N {model} {out}",
+        )
     manifest = read_manifest(out)
     checkpoint = read_checkpoint(model)
     total = sum(map(checkpoint.source_bytes, checkpoint.layers))

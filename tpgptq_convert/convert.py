@@ -6,6 +6,7 @@ import importlib.metadata
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -28,6 +29,7 @@ from tpgptq_convert.writer import (
     Parts,
     check_free,
     checksum,
+    failed_path,
     staging,
     write_json,
 )
@@ -78,14 +80,19 @@ def convert(
     sym = check_zero_points(checkpoint, plans)
     needed = sum(output_bytes(plan) for plan in plans)
     check_free(out, options.overwrite, needed, checkpoint.source.directory)
-    with staging(out) as stage, ThreadPoolExecutor(1) as background:
-        hashes = background.submit(
-            lambda: {name: checksum(f.path) for name, f in checkpoint.source.files.items()}
-        )
+    with staging(out) as stage, ExitStack() as stack:
+        background = ThreadPoolExecutor(1)
+        stack.callback(background.shutdown, cancel_futures=True)
+        hashes = {
+            name: background.submit(checksum, file.path)
+            for name, file in checkpoint.source.files.items()
+        }
         outputs = [
             _Output(plan, stage if len(plans) == 1 else stage / f"tp-{plan.tp}", options)
             for plan in plans
         ]
+        for output in outputs:
+            stack.callback(output.close)
         for index, block in enumerate(checkpoint.blocks):
             shards = [plan.block(index) for plan in plans]
             for layer in block:
@@ -93,7 +100,8 @@ def convert(
                 for output, of_block in zip(outputs, shards, strict=True):
                     output.write(layer, unpacked, of_block[layer.name])
                 progress(checkpoint.source_bytes(layer))
-        manifests = [output.finish(hashes.result(), sym) for output in outputs]
+        source_files = {name: future.result() for name, future in hashes.items()}
+        manifests = [output.finish(source_files, sym) for output in outputs]
         if options.verify:
             mismatches = [
                 mismatch
@@ -101,7 +109,10 @@ def convert(
                 for mismatch in verify(checkpoint, output.directory, options.device, progress)
             ]
             if mismatches:
-                raise VerificationError(*mismatches)
+                raise VerificationError(
+                    *mismatches,
+                    hint=f"a bug, or a bad disk; the output is kept in {failed_path(out)}",
+                )
     return manifests
 
 
@@ -174,6 +185,11 @@ class _Output:
         }
         self._index[f"{layer.name}.rows"] = _ranks([shard.rows for shard in shards])
         self._index[f"{layer.name}.cols"] = _ranks([shard.cols for shard in shards])
+
+    def close(self) -> None:
+        """Let go of files that are not finished."""
+        for parts in (*self._streams, self._shared):
+            parts.close()
 
     def finish(self, source_files: dict[str, Any], sym: bool) -> dict[str, Any]:
         """Write what is left and return the manifest."""

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 
 class TpgptqError(Exception):
-    """Something a user can act on: what is and what must be, one line per problem, and a hint.
-
-    `problems` may be empty for a failure whose details were already printed.
-    """
+    """Something a user can act on: what is and what must be, one line per problem, and a hint."""
 
     exit_code = 1
 
-    def __init__(self, *problems: str, hint: str = "") -> None:
+    def __init__(self, *problems: str, hint: str) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
         self.hint = hint

@@ -89,7 +89,7 @@ class Family:
             intermediate=size("intermediate_size"),
             activation=str(config.get("hidden_act", "silu")),
         )
-        if heads % geometry.kv_heads:
+        if not problems and heads % geometry.kv_heads:
             problems.append(
                 f"config.json: num_attention_heads is {heads}; must be a multiple of "
                 f"num_key_value_heads, {geometry.kv_heads}"

@@ -203,11 +203,17 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise SourceError(f"{path}: {error.strerror}; must be a readable JSON file") from None
+        raise SourceError(
+            f"{path}: {error.strerror}; must be a readable JSON file",
+            hint="check its permissions",
+        ) from None
     except (ValueError, RecursionError) as error:
         raise SourceError(
             f"{path}: not JSON ({error}); must be a JSON object", hint="fetch the file again"
         ) from None
     if not isinstance(value, dict):
-        raise SourceError(f"{path}: a JSON {type(value).__name__}; must be a JSON object")
+        raise SourceError(
+            f"{path}: a JSON {type(value).__name__}; must be a JSON object",
+            hint="fetch the file again",
+        )
     return value

@@ -63,6 +63,11 @@ class Parts:
             self.files[self._current.path.name] = self._current.close()
             self._current = None
 
+    def close(self) -> None:
+        """Close a file that was left in the middle."""
+        if self._current is not None:
+            self._current.close()
+
 
 class _Part:
     """One safetensors file being written."""
