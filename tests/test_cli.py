@@ -1,0 +1,163 @@
+"""The command line: what it says, how fast it answers, how it is interrupted."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import Result
+
+import tpgptq_convert.errors as errors
+from tpgptq_convert.cli import cli
+
+Run = Callable[..., Result]
+
+
+def tpgptq_process(*arguments: str | Path) -> list[str]:
+    return [sys.executable, "-m", "tpgptq_convert", *map(str, arguments)]
+
+
+def test_inspect_says_what_a_person_wants_to_know(tpgptq: Run, tiny: Path) -> None:
+    result = tpgptq("inspect", tiny)
+    assert result.exit_code == 0
+    assert "llama, 4 blocks, 4 query and 2 kv heads of 64" in result.stdout
+    assert "28 of 28 layers are truly act-ordered." in result.stdout
+    assert "q_proj, k_proj, v_proj share one g_idx in 4 of 4 blocks." in result.stdout
+    assert "Tensor-parallel degrees: 1, 2, 4." in result.stdout
+    rows = [line.split() for line in result.stdout.splitlines() if line[:1].isdigit()]
+    assert [row[0] for row in rows if "(g" in " ".join(row)] == ["1", "2", "4"]
+    assert result.stderr == ""
+
+
+def test_inspect_json_agrees_with_the_table(tpgptq: Run, tiny: Path) -> None:
+    report = json.loads(tpgptq("inspect", "--json", tiny).stdout)
+    assert report["legal_tp"] == [1, 2, 4]
+    assert [degree["tp"] for degree in report["degrees"]] == [1, 2, 4]
+    assert sum(layer["act_ordered"] for layer in report["layers"]) == 28
+    assert report["degrees"][0]["growth"] == 1
+    only = json.loads(tpgptq("inspect", "--json", "--tp", 2, tiny).stdout)
+    assert only["degrees"] == [report["degrees"][1]]
+
+
+@pytest.mark.parametrize("command", [["--help"], ["convert", "--help"], ["inspect"]])
+def test_help_and_inspect_answer_at_once_and_without_torch(tiny: Path, command: list[str]) -> None:
+    """Half a second of processor time at most, the best of five: not a matter of machine load."""
+    if command == ["inspect"]:
+        command = [*command, str(tiny)]
+    code = (
+        "import sys\n"
+        "from tpgptq_convert.cli import cli\n"
+        f"cli({command!r}, standalone_mode=False)\n"
+        "heavy = {'torch', 'transformers', 'huggingface_hub'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    seconds = []
+    for _ in range(5):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(seconds) < 0.5
+
+
+def test_every_command_and_option_has_help() -> None:
+    for command in cli.commands.values():
+        assert command.help
+        for parameter in command.params:
+            if parameter.param_type_name == "option":
+                assert getattr(parameter, "help", None), (command.name, parameter.name)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["convert", "m", "out"],
+        ["convert", "--tp", "two", "m", "out"],
+        ["convert", "--tp", "2", "--row-group", "64", "m", "out"],
+        ["convert", "--tp", "2", "--max-shard-size", "huge", "m", "out"],
+        ["convert", "--tp", "2", "--layout", "other", "m", "out"],
+        ["inspect"],
+        ["explode"],
+    ],
+)
+def test_wrong_usage_exits_with_2(tpgptq: Run, arguments: list[str]) -> None:
+    assert tpgptq(*arguments).exit_code == 2
+
+
+def test_every_error_of_the_family_is_shown_as_lines(
+    tpgptq: Run, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tpgptq_convert import checkpoint
+
+    kinds = [
+        k for k in vars(errors).values() if isinstance(k, type) and k is not errors.TpgptqError
+    ]
+    family = [kind for kind in kinds if issubclass(kind, errors.TpgptqError)]
+    assert len(family) >= 6
+    for kind in family:
+
+        def fail(_: Path, kind: type[errors.TpgptqError] = kind) -> None:
+            raise kind("this is; that must be", hint="do it")
+
+        monkeypatch.setattr(checkpoint, "read_checkpoint", fail)
+        result = tpgptq("inspect", tiny)
+        assert result.exit_code == kind.exit_code
+        assert result.stderr == "Error: this is; that must be\nHint: do it\n"
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_nothing(tiny: Path, tmp_path: Path, how: signal.Signals) -> None:
+    """The signal comes while files are being written: a layer is held up until it does."""
+    code = (
+        "import sys, time\n"
+        "from tpgptq_convert import cli, convert\n"
+        "real, calls = convert.repack, []\n"
+        "def held_up(*arguments):\n"
+        "    calls.append(1)\n"
+        "    if len(calls) == 9:\n"
+        "        print('ready', flush=True)\n"
+        "        time.sleep(60)\n"
+        "    return real(*arguments)\n"
+        "convert.repack = held_up\n"
+        "cli.main()\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, "convert", "--tp", "2", str(tiny), str(tmp_path / "out")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "ready\n"
+    assert len(list(tmp_path.iterdir())) == 1  # the temporary directory
+    process.send_signal(how)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "Traceback" not in stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_python_m_and_version() -> None:
+    done = subprocess.run(tpgptq_process("--version"), capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("python -m tpgptq_convert, version ")
+
+
+def test_progress_is_silent_off_a_terminal(tiny: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        tpgptq_process("convert", "--tp", "2", tiny, tmp_path / "out"),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert lines[-1].startswith(f"Wrote and verified tp 2 to {tmp_path / 'out'}: ")
+    assert all(line.startswith(("Note: ", "Wrote ")) for line in lines)
