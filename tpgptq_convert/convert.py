@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -20,7 +20,7 @@ from tpgptq_convert.card import model_card
 from tpgptq_convert.checkpoint import Checkpoint, IntArray, Layer
 from tpgptq_convert.errors import VerificationError
 from tpgptq_convert.plan import Plan, Shard, check_zero_points
-from tpgptq_convert.repack import Unpacked, repack, unpack
+from tpgptq_convert.repack import repack, unpack, workers
 from tpgptq_convert.source import DTYPES, TensorSpec
 from tpgptq_convert.verify import verify
 from tpgptq_convert.writer import (
@@ -93,12 +93,13 @@ def convert(
         ]
         for output in outputs:
             stack.callback(output.close)
+        pool = stack.enter_context(workers(options.device))
         for index, block in enumerate(checkpoint.blocks):
-            shards = [plan.block(index) for plan in plans]
-            for layer in block:
-                unpacked = _load(checkpoint, layer, options.device)
-                for output, of_block in zip(outputs, shards, strict=True):
-                    output.write(layer, unpacked, of_block[layer.name])
+            cuts = [output.cut(index) for output in outputs]
+            job = partial(_repack, checkpoint, options.device, cuts)
+            for layer, repacked in zip(block, pool.map(job, block), strict=True):
+                for output, tensors in zip(outputs, repacked, strict=True):
+                    output.write(layer, tensors)
                 progress(checkpoint.source_bytes(layer))
         source_files = {name: future.result() for name, future in hashes.items()}
         manifests = [output.finish(source_files, sym) for output in outputs]
@@ -123,12 +124,21 @@ def output_bytes(plan: Plan) -> int:
     return plan.rank_bytes * plan.tp + shared
 
 
-def _load(checkpoint: Checkpoint, layer: Layer, device: torch.device) -> Unpacked:
+def _repack(
+    checkpoint: Checkpoint,
+    device: torch.device,
+    cuts: Sequence[Mapping[str, Sequence[Shard]]],
+    layer: Layer,
+) -> list[list[dict[str, torch.Tensor]]]:
+    """One layer's shards, for every output and in it for every file: unpacked once."""
+
     def tensor(part: str) -> torch.Tensor:
         return checkpoint.source.tensor(f"{layer.name}.{part}").to(device)
 
+    quant = checkpoint.quant
     bias = tensor("bias") if layer.bias and layer.linear.parallel == "column" else None
-    return unpack(tensor("qweight"), tensor("qzeros"), tensor("scales"), bias, checkpoint.quant)
+    unpacked = unpack(tensor("qweight"), tensor("qzeros"), tensor("scales"), bias, quant)
+    return [[repack(unpacked, shard, quant) for shard in cut[layer.name]] for cut in cuts]
 
 
 class _Output:
@@ -167,13 +177,24 @@ class _Output:
         specs = {name: spec for name in self.plan.checkpoint.shared if (spec := source.spec(name))}
         return dict(sorted(specs.items(), key=lambda kv: -DTYPES[kv[1].dtype].itemsize))
 
-    def write(self, layer: Layer, unpacked: Unpacked, shards: Sequence[Shard]) -> None:
-        """Repack one layer and append it to every rank's file."""
+    def cut(self, index: int) -> dict[str, Sequence[Shard]]:
+        """What each file gets of a block's layers, by the layer's name."""
+        plan = self.plan
+        shards = plan.block(index)
+        for name, of_layer in shards.items():
+            self._index[f"{name}.rows"] = _ranks([shard.rows for shard in of_layer])
+            self._index[f"{name}.cols"] = _ranks([shard.cols for shard in of_layer])
+        if self.options.layout == "ranks":
+            return dict(shards)
+        return {
+            layer.name: [plan.merged(layer, shards[layer.name])]
+            for layer in plan.checkpoint.blocks[index]
+        }
+
+    def write(self, layer: Layer, repacked: Sequence[Mapping[str, torch.Tensor]]) -> None:
+        """Append a layer's tensors to every file."""
         plan, size = self.plan, self.plan.sizes[layer.linear.name]
-        merged = self.options.layout == "merged"
-        pieces = [plan.merged(layer, shards)] if merged else shards
-        for stream, shard in zip(self._streams, pieces, strict=True):
-            tensors = repack(unpacked, shard, plan.checkpoint.quant)
+        for stream, tensors in zip(self._streams, repacked, strict=True):
             for part in plan.tensors(layer):
                 stream.write(f"{layer.name}.{part}", tensors[part])
         self._modules[layer.name] = {
@@ -183,8 +204,6 @@ class _Output:
             "group_size": size.group_size,
             "perm": plan.has_perm(layer),
         }
-        self._index[f"{layer.name}.rows"] = _ranks([shard.rows for shard in shards])
-        self._index[f"{layer.name}.cols"] = _ranks([shard.cols for shard in shards])
 
     def close(self) -> None:
         """Let go of files that are not finished."""

@@ -6,6 +6,10 @@ point. Integers are moved, never computed anew; the same input gives the same by
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,6 +58,24 @@ def zero_points(stored: Tensor, checkpoint_format: str) -> Tensor:
     A stored 15 of the "gptq" format means 16, as in AutoGPTQ's own torch and Triton kernels.
     """
     return stored.to(torch.int16) + (1 if checkpoint_format == "gptq" else 0)
+
+
+@contextmanager
+def workers(device: torch.device) -> Iterator[ThreadPoolExecutor]:
+    """Threads to work in: on a CPU one for each core, whose operations are not split further.
+
+    Splitting small operations over cores costs more than it saves (five times more, where another
+    process wants a core too).
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    pool = ThreadPoolExecutor(cores if device.type == "cpu" else 1)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True, eq=False)

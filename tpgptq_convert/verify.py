@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,14 @@ from torch.nn import functional
 from tpgptq_convert.checkpoint import Checkpoint, IntArray, Layer
 from tpgptq_convert.errors import OutputError, SourceError
 from tpgptq_convert.families import Axis
-from tpgptq_convert.repack import Unpacked, gather, unpack, zero_points
+from tpgptq_convert.repack import Unpacked, gather, unpack, workers, zero_points
 from tpgptq_convert.source import SafetensorsFile, read_json
 from tpgptq_convert.writer import INDEX, MANIFEST, checksum
 
 FORMAT_VERSION = 1
 TOKENS = 5
 TOLERANCE = 1e-9  # of the largest output; float64 rounding stays far under it
-COLUMNS_AT_ONCE = 4096  # of a weight in float64
+VALUES_AT_ONCE = 1 << 22  # of a weight in float64: 32 MB
 FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "gelu": functional.gelu,
@@ -57,13 +58,22 @@ def verify(
         mismatches += _check_manifest(checkpoint, manifest)
         mismatches += _check_shared(checkpoint, stored)
         if not mismatches or set(manifest["modules"]) == {la.name for la in checkpoint.layers}:
-            for block in checkpoint.blocks:
-                mismatches += _Block(checkpoint, stored, block, device).mismatches()
-                for layer in block:
-                    progress(checkpoint.source_bytes(layer))
+            with workers(device) as pool:
+                check = partial(_check_block, checkpoint, stored, device)
+                for block, found in zip(
+                    checkpoint.blocks, pool.map(check, checkpoint.blocks), strict=True
+                ):
+                    mismatches += found
+                    progress(sum(map(checkpoint.source_bytes, block)))
     except SourceError as error:  # a file of OUT that can't be read at all
         mismatches += error.problems
     return mismatches
+
+
+def _check_block(
+    checkpoint: Checkpoint, stored: _Stored, device: torch.device, layers: Sequence[Layer]
+) -> list[str]:
+    return _Block(checkpoint, stored, layers, device).mismatches()
 
 
 def read_manifest(out: Path) -> dict[str, Any]:
@@ -429,11 +439,13 @@ class _Block:
             weights = shard.weights
             group_of_row = torch.arange(len(shard.perm), device=self.device) // shard.group_size
             x = x[:, shard.perm]
+        rows, columns = weights.values.shape
+        step = max(1, VALUES_AT_ONCE // rows)
         out = torch.cat(
             [
                 x @ weights.columns(cols).dequantise(group_of_row, self.quant, x.dtype)
-                for start in range(0, weights.values.shape[1], COLUMNS_AT_ONCE)
-                for cols in [slice(start, start + COLUMNS_AT_ONCE)]
+                for start in range(0, columns, step)
+                for cols in [slice(start, start + step)]
             ],
             dim=1,
         )
