@@ -117,15 +117,15 @@ def test_an_interrupted_run_leaves_nothing(tiny: Path, tmp_path: Path, how: sign
     """The signal comes while files are being written: a layer is held up until it does."""
     code = (
         "import sys, time\n"
-        "from tpgptq_convert import cli, convert\n"
-        "real, calls = convert.repack, []\n"
+        "from tpgptq_convert import cli, writer\n"
+        "real, calls = writer.Parts.write, []\n"
         "def held_up(*arguments):\n"
         "    calls.append(1)\n"
         "    if len(calls) == 9:\n"
         "        print('ready', flush=True)\n"
         "        time.sleep(60)\n"
         "    return real(*arguments)\n"
-        "convert.repack = held_up\n"
+        "writer.Parts.write = held_up\n"
         "cli.main()\n"
     )
     process = subprocess.Popen(
