@@ -35,6 +35,7 @@ from tpgptq_convert.writer import (
 )
 
 FORMAT_VERSION = 1
+TOOL = f"tpgptq-convert {importlib.metadata.version('tpgptq-convert')}"
 LAYOUTS = ("ranks", "merged")
 # Files that speak of the source's own quantisation, or that are written anew.
 REWRITTEN = {"config.json", "README.md", "quantize_config.json", "quant_config.json"}
@@ -54,10 +55,6 @@ class Options:
     overwrite: bool = False
     verify: bool = True
     command: str = "tpgptq convert"
-
-
-def version() -> str:
-    return importlib.metadata.version("tpgptq-convert")
 
 
 def work_bytes(checkpoint: Checkpoint, plans: Sequence[Plan], check: bool) -> int:
@@ -272,7 +269,7 @@ class _Output:
         return {
             "format": "tpgptq",
             "format_version": FORMAT_VERSION,
-            "tool": f"tpgptq-convert {version()}",
+            "tool": TOOL,
             "tp": plan.tp,
             "layout": self.options.layout,
             "source": {
