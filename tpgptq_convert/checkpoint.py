@@ -63,6 +63,11 @@ class Checkpoint:
     def layers(self) -> tuple[Layer, ...]:
         return tuple(layer for block in self.blocks for layer in block)
 
+    @property
+    def name(self) -> str:
+        """The directory's name: no path of the machine stands in an output."""
+        return self.source.directory.resolve().name
+
     def source_bytes(self, layer: Layer) -> int:
         """Bytes of a layer's weights, as progress counts them."""
         qweight = self.source.spec(f"{layer.name}.qweight")

@@ -233,7 +233,7 @@ def inspect(model: Path, degrees: tuple[int, ...], row_group: str, as_json: bool
     click.echo(json.dumps(report, indent=2) if as_json else render(report))
 
 
-@cli.command()
+@cli.command(short_help="Prove that OUT holds exactly the values of MODEL.")
 @model_argument
 @out_argument
 @device_option

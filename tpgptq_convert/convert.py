@@ -19,7 +19,7 @@ from safetensors.numpy import save
 from tpgptq_convert.card import model_card
 from tpgptq_convert.checkpoint import Checkpoint, IntArray, Layer
 from tpgptq_convert.errors import VerificationError
-from tpgptq_convert.plan import Plan, Shard, check_zero_points
+from tpgptq_convert.plan import ROW_GROUPS, Plan, Shard, check_zero_points
 from tpgptq_convert.repack import repack, unpack, workers
 from tpgptq_convert.source import DTYPES, TensorSpec
 from tpgptq_convert.verify import verify
@@ -54,7 +54,17 @@ class Options:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     overwrite: bool = False
     verify: bool = True
-    command: str = "tpgptq convert"
+
+    def command(self, plan: Plan) -> str:
+        """The command line that writes one plan's output, for people to run again."""
+        words = ["tpgptq convert", f"--tp {plan.tp}"]
+        if self.layout != LAYOUTS[0]:
+            words.append(f"--layout {self.layout}")
+        if plan.row_group != ROW_GROUPS[0]:
+            words.append(f"--row-group {plan.row_group}")
+        if self.max_shard_size != Options.max_shard_size:
+            words.append(f"--max-shard-size {self.max_shard_size}B")
+        return " ".join([*words, plan.checkpoint.name, "OUT"])
 
 
 def work_bytes(checkpoint: Checkpoint, plans: Sequence[Plan], check: bool) -> int:
@@ -233,7 +243,8 @@ class _Output:
             weights = {"shared": self._shared.files, "ranks": ranks}
         manifest = self._manifest(source_files, sym, weights)
         (self.directory / "README.md").write_text(
-            model_card(manifest, source.directory, self.options.command), encoding="utf-8"
+            model_card(manifest, source.directory, self.options.command(self.plan)),
+            encoding="utf-8",
         )
         write_json(self.directory / MANIFEST, manifest)
         return manifest
@@ -273,7 +284,7 @@ class _Output:
             "tp": plan.tp,
             "layout": self.options.layout,
             "source": {
-                "name": checkpoint.source.directory.resolve().name,
+                "name": checkpoint.name,
                 "revision": None,
                 "files": source_files,
             },

@@ -32,7 +32,7 @@ def describe(checkpoint: Checkpoint, plans: Sequence[Plan]) -> dict[str, Any]:
             }
         )
     return {
-        "name": source.directory.resolve().name,
+        "name": checkpoint.name,
         "model_type": checkpoint.config["model_type"],
         "blocks": geometry.blocks,
         "hidden": geometry.hidden,
