@@ -15,7 +15,6 @@ Usage:
 from __future__ import annotations
 
 import argparse
-import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -224,15 +223,6 @@ def quantize_config(group_size: int, asym: bool) -> dict[str, Any]:
     }
 
 
-def byte_size(text: str) -> int:
-    """5GB, 500MB: decimal units, as on the Hub."""
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(KB|MB|GB)", text.strip().upper())
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MB")
-    return int(float(match[1]) * units[match[2]])
-
-
 def parse_args() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -248,7 +238,7 @@ def parse_args() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser.add_argument("--group-size", type=int, default=128, help="-1: one group a column")
     parser.add_argument("--asym", action="store_true", help="random zero points")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--max-shard-size", type=byte_size, default="5GB", help="largest file")
+    parser.add_argument("--max-shard-size", type=int, default=5 * 10**9, help="bytes")
     return parser, parser.parse_args()
 
 

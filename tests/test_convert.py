@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -514,10 +514,10 @@ def test_a_failed_verification_keeps_the_output_aside(
 ) -> None:
     from tpgptq_convert import convert as module
 
-    def clumsy(layer: Any, shard: Any, quant: Any) -> dict[str, torch.Tensor]:
-        tensors = real(layer, shard, quant)
-        tensors["qweight"][0, 0] ^= 1
-        return tensors
+    def clumsy(*arguments: Any) -> Iterator[dict[str, torch.Tensor]]:
+        for tensors in real(*arguments):
+            tensors["qweight"][0, 0] ^= 1
+            yield tensors
 
     real = module.repack
     monkeypatch.setattr(module, "repack", clumsy)

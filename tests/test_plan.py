@@ -20,7 +20,7 @@ from tpgptq_convert.config import QuantConfig
 from tpgptq_convert.errors import DegreeError
 from tpgptq_convert.families import FAMILIES, LLAMA, Axis
 from tpgptq_convert.plan import Plan, Shard, legal_degrees, make_plans
-from tpgptq_convert.repack import repack, unpack
+from tpgptq_convert.repack import Packed, repack
 from tpgptq_convert.source import TensorSpec
 
 BY_NAME = {name: short for short, name in NAMES.items()}
@@ -174,12 +174,11 @@ def test_the_sum_over_the_ranks_equals_the_source(model: Model, data: st.DataObj
             weights, perms = {}, {}
             for layer in model.checkpoint.blocks[index]:
                 t, shard = tensors[layer.name], shards[layer.name][rank]
-                packed = repack(
-                    unpack(t["qweight"], t["qzeros"], t["scales"], None, quant), shard, quant
-                )
+                packed = Packed(t["qweight"], t["qzeros"], t["scales"])
+                (stored,) = repack(packed, [shard], quant)
                 short = BY_NAME[layer.linear.name]
                 group_of_row = np.arange(len(shard.rows)) // shard.group_size
-                weights[short] = dequantise(packed, group_of_row)
+                weights[short] = dequantise(stored, group_of_row)
                 if shard.perm is not None:
                     perms[short] = torch.from_numpy(shard.perm)
             own_attention, own_mlp = block_outputs(x, weights, perms, geometry.head_dim)

@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from tpgptq_convert.config import QuantConfig
 from tpgptq_convert.plan import Shard
 from tpgptq_convert.repack import (
+    Packed,
     pack_cols,
     pack_rows,
     repack,
-    unpack,
     unpack_cols,
     unpack_rows,
     zero_points,
@@ -78,7 +78,7 @@ def test_dequantised_source_equals_autogptq_bit_for_bit(kind: str) -> None:
     layers = golden_layers(kind)
     assert {"a", "b", "c", "d", "e"} <= {name for name, _ in layers}
     for name, t in layers:
-        layer = unpack(t["qweight"], t["qzeros"], t["scales"], None, SYM)
+        layer = Packed(t["qweight"], t["qzeros"], t["scales"]).unpack(SYM)
         ours = layer.dequantise(t["g_idx"].long(), SYM, torch.float16)
         assert torch.equal(ours, t["weight"]), name
 
@@ -105,8 +105,8 @@ def test_reassembled_shards_equal_autogptq_bit_for_bit(kind: str, tp: int) -> No
         for rank in range(tp):
             own = np.arange(rank * k // tp, (rank + 1) * k // tp, dtype=np.int32)
             shard = bucketed_by_hand(own, g_idx, 8 if size < k else len(own), n)
-            tensors = repack(unpack(t["qweight"], t["qzeros"], t["scales"], None, SYM), shard, SYM)
-            plain = unpack(tensors["qweight"], tensors["qzeros"], tensors["scales"], None, SYM)
+            (tensors,) = repack(Packed(t["qweight"], t["qzeros"], t["scales"]), [shard], SYM)
+            plain = Packed(**tensors).unpack(SYM)
             group_of_row = torch.arange(len(shard.rows)) // shard.group_size
             weight = plain.dequantise(group_of_row, SYM, torch.float16)
             real = shard.rows >= 0
@@ -145,8 +145,9 @@ def test_repack_equals_the_slow_version(seed: int, sym: bool, v2: bool) -> None:
     shard = bucketed_by_hand(rows, g_idx, 8, n)
     cols = rng.permutation(np.append(rng.permutation(n)[:13], [-1, -1, -1])).astype(np.int32)
     shard = Shard(shard.rows, cols, shard.groups, 8, None)
-    layer = unpack(source["qweight"], source["qzeros"], source["scales"], None, quant)
-    weight = dequantise(repack(layer, shard, quant), np.arange(len(shard.rows)) // 8, v2)
+    layer = Packed(source["qweight"], source["qzeros"], source["scales"])
+    (tensors,) = repack(layer, [shard], quant)
+    weight = dequantise(tensors, np.arange(len(shard.rows)) // 8, v2)
     expected = torch.zeros(len(shard.rows), len(cols), dtype=torch.float64)
     full = dequantise(source, g_idx, v2)
     for j, row in enumerate(shard.rows):

@@ -20,7 +20,7 @@ from tpgptq_convert.card import model_card
 from tpgptq_convert.checkpoint import Checkpoint, IntArray, Layer
 from tpgptq_convert.errors import VerificationError
 from tpgptq_convert.plan import ROW_GROUPS, Plan, Shard, check_zero_points
-from tpgptq_convert.repack import repack, unpack, workers
+from tpgptq_convert.repack import Packed, repack, workers
 from tpgptq_convert.source import DTYPES, TensorSpec
 from tpgptq_convert.verify import verify
 from tpgptq_convert.writer import (
@@ -137,15 +137,14 @@ def _repack(
     cuts: Sequence[Mapping[str, Sequence[Shard]]],
     layer: Layer,
 ) -> list[list[dict[str, torch.Tensor]]]:
-    """One layer's shards, for every output and in it for every file: unpacked once."""
+    """One layer's shards, for every output and in it for every file."""
 
     def tensor(part: str) -> torch.Tensor:
         return checkpoint.source.tensor(f"{layer.name}.{part}").to(device)
 
-    quant = checkpoint.quant
     bias = tensor("bias") if layer.bias and layer.linear.parallel == "column" else None
-    unpacked = unpack(tensor("qweight"), tensor("qzeros"), tensor("scales"), bias, quant)
-    return [[repack(unpacked, shard, quant) for shard in cut[layer.name]] for cut in cuts]
+    packed = Packed(tensor("qweight"), tensor("qzeros"), tensor("scales"), bias)
+    return [list(repack(packed, cut[layer.name], checkpoint.quant)) for cut in cuts]
 
 
 class _Output:

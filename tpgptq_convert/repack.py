@@ -7,7 +7,7 @@ point. Integers are moved, never computed anew; the same input gives the same by
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,22 +24,31 @@ from tpgptq_convert.plan import Shard
 
 def unpack_rows(words: Tensor, bits: int) -> Tensor:
     """(K/pf, N) int32 -> (K, N) uint8: row pf*i + j lies in the bits from bits*j of word i."""
-    pack, mask = 32 // bits, (1 << bits) - 1
-    values = torch.empty(
-        (words.shape[0] * pack, words.shape[1]), dtype=torch.uint8, device=words.device
-    )
-    for j in range(pack):
-        values[j::pack] = (words >> (bits * j)) & mask
+    octets = _empty(words, 4)
+    for j in range(4):
+        octets[j::4] = words >> (8 * j)  # the lowest eight bits are kept
+    fields = 8 // bits
+    values = _empty(octets, fields)
+    for j in range(fields):
+        values[j::fields] = (octets >> (bits * j)) & ((1 << bits) - 1)
     return values
 
 
 def pack_rows(values: Tensor, bits: int) -> Tensor:
     """(K, N) uint8 -> (K/pf, N) int32, the inverse of `unpack_rows`."""
-    pack = 32 // bits
-    words = values[::pack].to(torch.int32)
-    for j in range(1, pack):
-        words |= values[j::pack].to(torch.int32) << (bits * j)
+    fields = 8 // bits
+    octets = values[::fields].clone()
+    for j in range(1, fields):
+        octets |= values[j::fields] << (bits * j)
+    words = octets[::4].to(torch.int32)
+    for j in range(1, 4):
+        words |= octets[j::4].to(torch.int32) << (8 * j)
     return words
+
+
+def _empty(rows: Tensor, times: int) -> Tensor:
+    """Room for `times` as many rows of uint8."""
+    return rows.new_empty((rows.shape[0] * times, rows.shape[1]), dtype=torch.uint8)
 
 
 def unpack_cols(words: Tensor, bits: int) -> Tensor:
@@ -100,34 +109,60 @@ class Unpacked:
         """The weight (K, N) that the layer stands for, computed in `dtype`; g_idx is (K,)."""
         zeros = zero_points(self.zeros, quant.checkpoint_format)
         steps = self.values.to(torch.int16) - zeros[g_idx]
-        return steps.to(dtype) * self.scales.to(dtype)[g_idx]
+        return steps.to(dtype).mul_(self.scales[g_idx])
 
 
-def unpack(
-    qweight: Tensor, qzeros: Tensor, scales: Tensor, bias: Tensor | None, quant: QuantConfig
-) -> Unpacked:
-    """Unpack one layer's tensors as they are stored; shapes as in design: (K/pf, N), (G, N/pf)."""
-    return Unpacked(unpack_rows(qweight, quant.bits), unpack_cols(qzeros, quant.bits), scales, bias)
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """A layer's tensors as they are stored."""
+
+    qweight: Tensor  # (K/pf, N) int32
+    qzeros: Tensor  # (G, N/pf) int32
+    scales: Tensor  # (G, N)
+    bias: Tensor | None = None  # (N,)
+
+    def unpack(self, quant: QuantConfig, cols: IntArray | None = None) -> Unpacked:
+        """The layer, or some of its columns in another order (-1: any), with integers unpacked."""
+        zeros = unpack_cols(self.qzeros, quant.bits)
+        if cols is None:
+            values = unpack_rows(self.qweight, quant.bits)
+            return Unpacked(values, zeros, self.scales, self.bias)
+        return Unpacked(
+            unpack_rows(_take(self.qweight, 1, cols), quant.bits),  # whole words move
+            _take(zeros, 1, cols),
+            _take(self.scales, 1, cols),
+            None if self.bias is None else _take(self.bias, 0, cols),
+        )
 
 
-def repack(layer: Unpacked, shard: Shard, quant: QuantConfig) -> dict[str, Tensor]:
-    """The tensors of one shard, by the last part of their names.
+def repack(
+    layer: Packed, shards: Sequence[Shard], quant: QuantConfig
+) -> Iterator[dict[str, Tensor]]:
+    """Each shard's tensors, by the last part of their names."""
+    columns: Unpacked | None = None
+    for i, shard in enumerate(shards):
+        if columns is None or not np.array_equal(shard.cols, shards[i - 1].cols):
+            columns = layer.unpack(quant, shard.cols)
+        yield _repack_rows(columns, shard, quant)
+
+
+def _repack_rows(columns: Unpacked, shard: Shard, quant: QuantConfig) -> dict[str, Tensor]:
+    """One shard from its columns.
 
     Padding rows hold the zero point of their group and column, so they contribute exactly 0;
     padding columns, and groups of padding alone, have scale 0.
     """
-    zeros = gather(layer.zeros, shard.groups, shard.cols).clone()
-    scales = gather(layer.scales, shard.groups, shard.cols).clone()
-    values = gather(layer.values, shard.rows, shard.cols)
 
     def where(condition: NDArray[np.bool_]) -> Tensor:
-        return torch.from_numpy(np.flatnonzero(condition)).to(values.device)
+        return torch.from_numpy(np.flatnonzero(condition)).to(columns.values.device)
 
-    for axis, vector in enumerate((shard.groups, shard.cols)):
-        absent = where(vector < 0)
-        zeros.index_fill_(axis, absent, quant.stored_neutral)
-        scales.index_fill_(axis, absent, 0)
+    zeros = _take(columns.zeros, 0, shard.groups).clone()
+    scales = _take(columns.scales, 0, shard.groups).clone()
+    values = _take(columns.values, 0, shard.rows)
     absent, padding = where(shard.cols < 0), where(shard.rows < 0)
+    for axis, missing in enumerate((where(shard.groups < 0), absent)):
+        zeros.index_fill_(axis, missing, quant.stored_neutral)
+        scales.index_fill_(axis, missing, 0)
     if len(absent) or len(padding):
         values = values.clone().index_fill_(1, absent, quant.neutral)
         zero = zero_points(zeros, quant.checkpoint_format).to(torch.uint8)
@@ -140,9 +175,8 @@ def repack(layer: Unpacked, shard: Shard, quant: QuantConfig) -> dict[str, Tenso
     }
     if shard.perm is not None:
         tensors["perm"] = torch.from_numpy(shard.perm)
-    if layer.bias is not None:
-        bias = layer.bias[torch.from_numpy(np.maximum(shard.cols, 0)).to(values.device)]
-        tensors["bias"] = bias.index_fill_(0, absent, 0)
+    if columns.bias is not None:
+        tensors["bias"] = columns.bias.clone().index_fill_(0, absent, 0)
     return tensors
 
 

@@ -24,7 +24,7 @@ from torch.nn import functional
 from tpgptq_convert.checkpoint import Checkpoint, IntArray, Layer
 from tpgptq_convert.errors import OutputError, SourceError
 from tpgptq_convert.families import Axis
-from tpgptq_convert.repack import Unpacked, gather, unpack, workers, zero_points
+from tpgptq_convert.repack import Packed, Unpacked, gather, workers, zero_points
 from tpgptq_convert.source import SafetensorsFile, read_json
 from tpgptq_convert.writer import INDEX, MANIFEST, checksum
 
@@ -260,7 +260,8 @@ class _Block:
             return self.checkpoint.source.tensor(f"{layer.name}.{part}").to(self.device)
 
         bias = tensor("bias") if layer.bias else None
-        return unpack(tensor("qweight"), tensor("qzeros"), tensor("scales"), bias, self.quant)
+        packed = Packed(tensor("qweight"), tensor("qzeros"), tensor("scales"), bias)
+        return packed.unpack(self.quant)
 
     def _load_shard(self, layer: Layer, rank: int) -> _Shard:
         stored, module = self.stored, self.stored.manifest["modules"][layer.name]
@@ -294,7 +295,7 @@ class _Block:
         if int(perm.min()) < 0 or int(perm.max()) >= width:
             raise _DamagedError(f"perm has entries outside 0 to {width - 1}, the rank's input")
         return _Shard(
-            weights=unpack(**tensors, bias=bias, quant=self.quant),
+            weights=Packed(**tensors, bias=bias).unpack(self.quant),
             group_size=size,
             perm=perm,
             rows=self._origin(layer, "rows", rank, k, layer.in_features),
