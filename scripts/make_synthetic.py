@@ -8,7 +8,7 @@ One tensor at a time is in memory; the same options and torch release give the s
 Usage:
 
     python scripts/make_synthetic.py OUT --preset llama-2-7b --blocks 8
-    python scripts/make_synthetic.py OUT --hidden 512 --intermediate 1408 --blocks 2 --heads 8 \
+    python scripts/make_synthetic.py OUT --hidden 512 --intermediate 1408 --blocks 2 --heads 8 \\
         --kv-heads 4 --model-type qwen3 --asym --group-size 64
 """
 

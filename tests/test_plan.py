@@ -369,3 +369,10 @@ def test_planning_imports_no_torch(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) is False
+
+
+def test_heads_too_narrow_to_pack_are_refused() -> None:
+    model = make_model(4, 2, 4, 64, 64, 32, "equal", 0)
+    assert len(make_plans(model.checkpoint, [1])) == 1
+    with pytest.raises(DegreeError, match="k_proj would have 4 columns per rank; must be a mult"):
+        make_plans(model.checkpoint, [2])

@@ -80,7 +80,18 @@ def make_plans(
             ),
             hint=f"use --tp {nearest}",
         )
-    return [Plan(checkpoint, tp, row_group) for tp in degrees]
+    plans = [Plan(checkpoint, tp, row_group) for tp in degrees]
+    pack = checkpoint.quant.pack_factor
+    problems = [
+        f"tp {plan.tp}: {name} would have {count} {what} per rank; must be a multiple of {pack}"
+        for plan in plans
+        for name, size in plan.sizes.items()
+        for what, count in (("rows", size.in_features), ("columns", size.out_features))
+        if count % pack
+    ]
+    if problems:
+        raise DegreeError(*problems, hint="use a smaller --tp")
+    return plans
 
 
 @dataclass(frozen=True, eq=False)
@@ -119,16 +130,16 @@ class Plan:
             for linear, ranks in inputs.items()
             if linear.reads is Axis.MLP
         }
-        return {
-            layer.name: tuple(
-                Shard(rows, cols[layer.linear.writes][rank], groups, size.group_size, perm)
-                for rank, ((rows, groups), perm) in enumerate(
-                    zip(inputs[layer.linear], self._perms(layer, inputs[layer.linear]), strict=True)
-                )
+        shards = {}
+        for layer in layers:
+            group_size = self.sizes[layer.linear.name].group_size
+            perms = self._perms(layer, inputs[layer.linear])
+            ranks = zip(inputs[layer.linear], cols[layer.linear.writes], perms, strict=True)
+            shards[layer.name] = tuple(
+                Shard(rows, of_rank, groups, group_size, perm)
+                for (rows, groups), of_rank, perm in ranks
             )
-            for layer in layers
-            for size in [self.sizes[layer.linear.name]]
-        }
+        return shards
 
     def tensors(self, layer: Layer) -> dict[str, TensorSpec]:
         """The tensors that one rank stores of a layer, by the last part of their names."""
