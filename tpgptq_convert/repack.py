@@ -96,15 +96,6 @@ class Unpacked:
     scales: Tensor  # (G, N)
     bias: Tensor | None  # (N,)
 
-    def columns(self, cols: slice) -> Unpacked:
-        """The same rows of some columns."""
-        return Unpacked(
-            self.values[:, cols],
-            self.zeros[:, cols],
-            self.scales[:, cols],
-            None if self.bias is None else self.bias[cols],
-        )
-
     def dequantise(self, g_idx: Tensor, quant: QuantConfig, dtype: torch.dtype) -> Tensor:
         """The weight (K, N) that the layer stands for, computed in `dtype`; g_idx is (K,)."""
         zeros = zero_points(self.zeros, quant.checkpoint_format)

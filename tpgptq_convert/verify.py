@@ -31,7 +31,6 @@ from tpgptq_convert.writer import INDEX, MANIFEST, checksum
 FORMAT_VERSION = 1
 TOKENS = 5
 TOLERANCE = 1e-9  # of the largest output; float64 rounding stays far under it
-VALUES_AT_ONCE = 1 << 22  # of a weight in float64: 32 MB
 FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "gelu": functional.gelu,
@@ -434,22 +433,20 @@ class _Block:
         """A layer's product, and its bias if it is column-parallel."""
         if rank is None:
             weights = self.source[layer.name]
-            group_of_row = torch.from_numpy(layer.g_idx).to(self.device).long()
+            counts = np.bincount(layer.g_idx, minlength=layer.groups).tolist()
+            order = torch.from_numpy(np.argsort(layer.g_idx, kind="stable")).to(self.device)
+            values, x = weights.values.index_select(0, order), x[:, order]
         else:
             shard = self.shards[layer.name][rank]
-            weights = shard.weights
-            group_of_row = torch.arange(len(shard.perm), device=self.device) // shard.group_size
-            x = x[:, shard.perm]
-        rows, columns = weights.values.shape
-        step = max(1, VALUES_AT_ONCE // rows)
-        out = torch.cat(
-            [
-                x @ weights.columns(cols).dequantise(group_of_row, self.quant, x.dtype)
-                for start in range(0, columns, step)
-                for cols in [slice(start, start + step)]
-            ],
-            dim=1,
-        )
+            weights, values, x = shard.weights, shard.weights.values, x[:, shard.perm]
+            counts = [shard.group_size] * len(weights.scales)
+        zeros = zero_points(weights.zeros, self.quant.checkpoint_format)
+        out = x.new_zeros(len(x), values.shape[1])
+        # Group by group, so that only one group's weight is ever in float64.
+        for inputs, of_group, zero, scale in zip(
+            x.split(counts, dim=1), values.split(counts), zeros, weights.scales, strict=True
+        ):
+            out += inputs @ of_group.to(x.dtype).sub_(zero).mul_(scale)
         if weights.bias is not None and layer.linear.parallel == "column":
             out = out + weights.bias.double()
         return out
