@@ -504,6 +504,94 @@ def test_verify_checks_every_file(
     assert f"Error: {name}: " in result.stderr
 
 
+def set_at(value: Any, *keys: Any) -> Callable[[dict[str, Any]], None]:
+    def edit(manifest: dict[str, Any]) -> None:
+        *path, last = keys
+        inner: Any = manifest
+        for key in path:
+            inner = inner[key]
+        inner[last] = value
+
+    return edit
+
+
+@pytest.mark.parametrize(
+    ("edit", "code"),
+    [
+        (set_at("2", "tp"), 1),
+        (set_at("sideways", "layout"), 1),
+        (set_at([], "files"), 1),
+        (set_at([], "files", "ranks"), 1),
+        (set_at({"../../x": {}}, "files", "shared"), 1),
+        (set_at(None, "modules"), 1),
+        (set_at(0, "modules", GATE, "group_size"), 1),
+        (set_at(60, "modules", GATE, "group_size"), 1),
+        (set_at(None, "heads"), 1),
+        (set_at(32, "modules", GATE, "group_size"), 3),
+        (set_at(128, "modules", DOWN, "in_features"), 3),
+        (set_at(False, "modules", GATE, "perm"), 3),
+        (set_at("row", "modules", GATE, "parallel"), 3),
+        (set_at({}, "modules"), 3),
+        (set_at(8, "heads", "padded_query"), 3),
+        (set_at(1, "heads", "kv"), 3),
+        (set_at(704, "intermediate", "padded"), 3),
+        (set_at(False, "sym"), 3),
+        (set_at("gptq_v2", "checkpoint_format"), 3),
+        (set_at({}, "files", "shared", "model-shared.safetensors"), 3),
+    ],
+)
+def test_verify_checks_the_manifest(
+    tpgptq: Run,
+    tiny: Path,
+    converted: Path,
+    tmp_path: Path,
+    edit: Callable[[dict[str, Any]], None],
+    code: int,
+) -> None:
+    out = copy_of(converted, tmp_path / "out")
+    manifest = manifest_of(out)
+    edit(manifest)
+    (out / "tpgptq.json").write_text(json.dumps(manifest))
+    result = tpgptq("verify", tiny, out)
+    assert result.exit_code == code, result.output
+    assert result.stderr.startswith("Error: ")
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (("intermediate_size",), 704),
+        (("num_attention_heads",), 8),
+        (("quantization_config", "tp"), 4),
+        (("quantization_config", "desc_act"), True),
+        (("quantization_config",), None),
+    ],
+)
+def test_verify_checks_what_servers_size_by(
+    tpgptq: Run, tiny: Path, converted: Path, tmp_path: Path, keys: tuple[str, ...], value: Any
+) -> None:
+    out = copy_of(converted, tmp_path / "out")
+    config = json.loads((out / "config.json").read_text())
+    set_at(value, *keys)(config)
+    (out / "config.json").write_text(json.dumps(config))
+    refresh_checksums(out)
+    result = tpgptq("verify", tiny, out)
+    assert result.exit_code == 3
+    assert f"{keys[-1] if value else 'tp'} is " in result.stderr
+
+
+def test_verify_notices_ranks_that_changed_places(
+    tpgptq: Run, tiny: Path, converted: Path, tmp_path: Path
+) -> None:
+    out = copy_of(converted, tmp_path / "out")
+    names = [out / f"model-rank-{rank}-part-0.safetensors" for rank in range(2)]
+    data = [name.read_bytes() for name in names]
+    for name, other in zip(names, reversed(data), strict=True):
+        name.write_bytes(other)
+    refresh_checksums(out)
+    assert tpgptq("verify", tiny, out).exit_code == 3
+
+
 def test_verify_against_another_model(tpgptq: Run, converted: Path, tmp_path: Path) -> None:
     result = tpgptq("verify", make_checkpoint(tmp_path / "other"), converted)
     assert result.exit_code == 3

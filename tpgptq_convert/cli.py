@@ -242,7 +242,7 @@ def inspect(model: Path, degrees: tuple[int, ...], row_group: str, as_json: bool
 def verify(model: Path, out: Path, device: str, quiet: bool, as_json: bool) -> None:
     """Prove that OUT holds exactly the values of MODEL, and computes the same."""
     from tpgptq_convert.checkpoint import read_checkpoint
-    from tpgptq_convert.verify import read_manifest
+    from tpgptq_convert.manifest import read_manifest
     from tpgptq_convert.verify import verify as prove
 
     if not out.is_dir():

@@ -19,13 +19,12 @@ from safetensors.numpy import save
 from tpgptq_convert.card import model_card
 from tpgptq_convert.checkpoint import Checkpoint, IntArray, Layer
 from tpgptq_convert.errors import VerificationError
+from tpgptq_convert.manifest import FORMAT_VERSION, INDEX, LAYOUTS, MANIFEST
 from tpgptq_convert.plan import ROW_GROUPS, Plan, Shard, check_zero_points
 from tpgptq_convert.repack import Packed, repack, workers
 from tpgptq_convert.source import DTYPES, TensorSpec
 from tpgptq_convert.verify import verify
 from tpgptq_convert.writer import (
-    INDEX,
-    MANIFEST,
     Parts,
     check_free,
     checksum,
@@ -34,9 +33,7 @@ from tpgptq_convert.writer import (
     write_json,
 )
 
-FORMAT_VERSION = 1
 TOOL = f"tpgptq-convert {importlib.metadata.version('tpgptq-convert')}"
-LAYOUTS = ("ranks", "merged")
 # Files that speak of the source's own quantisation, or that are written anew.
 REWRITTEN = {"config.json", "README.md", "quantize_config.json", "quant_config.json"}
 

@@ -22,13 +22,13 @@ from torch import Tensor
 from torch.nn import functional
 
 from tpgptq_convert.checkpoint import Checkpoint, IntArray, Layer
-from tpgptq_convert.errors import OutputError, SourceError
+from tpgptq_convert.errors import SourceError
 from tpgptq_convert.families import Axis
+from tpgptq_convert.manifest import INDEX, MANIFEST, read_manifest, weight_files
 from tpgptq_convert.repack import Packed, Unpacked, gather, workers, zero_points
 from tpgptq_convert.source import SafetensorsFile, read_json
-from tpgptq_convert.writer import INDEX, MANIFEST, checksum
+from tpgptq_convert.writer import checksum
 
-FORMAT_VERSION = 1
 TOKENS = 5
 TOLERANCE = 1e-9  # of the largest output; float64 rounding stays far under it
 FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
@@ -54,9 +54,9 @@ def verify(
     mismatches = list(_check_files(out, manifest))
     try:
         stored = _Stored(out, manifest)
-        mismatches += _check_manifest(checkpoint, manifest)
+        mismatches += _check_manifest(checkpoint, out, manifest)
         mismatches += _check_shared(checkpoint, stored)
-        if not mismatches or set(manifest["modules"]) == {la.name for la in checkpoint.layers}:
+        if set(manifest["modules"]) == {layer.name for layer in checkpoint.layers}:
             with workers(device) as pool:
                 check = partial(_check_block, checkpoint, stored, device)
                 for block, found in zip(
@@ -75,44 +75,16 @@ def _check_block(
     return _Block(checkpoint, stored, layers, device).mismatches()
 
 
-def read_manifest(out: Path) -> dict[str, Any]:
-    """OUT's manifest; raises OutputError if there is none, or of an unknown version."""
-    if not (out / MANIFEST).is_file():
-        raise OutputError(
-            f"{out}: has no {MANIFEST}; must be an output of `tpgptq convert`",
-            hint="for an output of several degrees name one of its tp-N directories",
-        )
-    manifest = read_json(out / MANIFEST)
-    version = manifest.get("format_version")
-    if manifest.get("format") != "tpgptq" or version != FORMAT_VERSION:
-        raise OutputError(
-            f"{out / MANIFEST}: format {manifest.get('format')!r} version {version!r}; "
-            f"must be 'tpgptq' version {FORMAT_VERSION}",
-            hint="use the version of tpgptq-convert that wrote it, or convert again",
-        )
-    return manifest
-
-
-def _weight_files(manifest: Mapping[str, Any]) -> Iterator[tuple[int | None, Mapping[str, Any]]]:
-    """(rank, files): None for the files that every rank reads."""
-    files = manifest["files"]
-    if manifest["layout"] == "merged":
-        yield None, files["merged"]
-    else:
-        yield None, files["shared"]
-        yield from enumerate(files["ranks"])
-
-
 def _check_files(out: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
     listed: dict[str, Any] = dict(manifest["files"]["other"])
-    for _, files in _weight_files(manifest):
+    for _, files in weight_files(manifest):
         listed |= files
     for name, stated in listed.items():
         if not (out / name).is_file():
             yield f"{name}: missing; the manifest lists it"
         elif (actual := checksum(out / name)) != stated:
-            what = "bytes" if actual["bytes"] != stated["bytes"] else "sha256"
-            yield f"{name}: {what} is {actual[what]}; the manifest says {stated[what]}"
+            what = "bytes" if actual["bytes"] != stated.get("bytes") else "sha256"
+            yield f"{name}: {what} is {actual[what]}; the manifest says {stated.get(what)}"
     if not (out / INDEX).is_file() and INDEX not in listed:
         yield f"{INDEX}: missing; only the functional proof was made"
     for path in sorted(out.glob("*.safetensors")):
@@ -120,23 +92,49 @@ def _check_files(out: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
             yield f"{path.name}: not in the manifest"
 
 
-def _check_manifest(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> Iterator[str]:
-    quant, geometry = checkpoint.quant, checkpoint.geometry
-    expected = {
-        "model_type": checkpoint.config["model_type"],
+def _check_manifest(
+    checkpoint: Checkpoint, out: Path, manifest: Mapping[str, Any]
+) -> Iterator[str]:
+    """What servers read before any weight: the manifest and config.json."""
+    quant, geometry, tp = checkpoint.quant, checkpoint.geometry, manifest["tp"]
+    modules = manifest["modules"]
+    names = {layer.name for layer in checkpoint.layers}
+    yield from (f"{name}: not in the manifest" for name in sorted(names - set(modules)))
+    yield from (f"{name}: not in the source" for name in sorted(set(modules) - names))
+    width = geometry.intermediate
+    for layer in checkpoint.layers:
+        module = modules.get(layer.name, {})
+        if module and module.get("parallel") != layer.linear.parallel:
+            yield f"{layer.name}: parallel is {module.get('parallel')!r}; must be " + (
+                f"{layer.linear.parallel!r}"
+            )
+        if module and layer.linear.reads is Axis.MLP:
+            width = tp * module["in_features"]
+    same = {
         "bits": quant.bits,
         "checkpoint_format": quant.checkpoint_format,
+        "tp": tp,
+        "layout": manifest["layout"],
+        "sym": manifest.get("sym") if quant.sym is None else quant.sym,
     }
-    for key, value in expected.items():
-        if manifest.get(key) != value:
-            yield f"{MANIFEST}: {key} is {manifest.get(key)!r}; the source has {value!r}"
+    config = read_json(out / "config.json") if (out / "config.json").is_file() else {}
     heads = {"query": geometry.heads, "kv": geometry.kv_heads}
-    for key, count in heads.items():
-        if manifest["heads"].get(key) != count:
-            yield f"{MANIFEST}: heads.{key} is {manifest['heads'].get(key)}; the source has {count}"
-    names, modules = {layer.name for layer in checkpoint.layers}, set(manifest["modules"])
-    yield from (f"{name}: not in the manifest" for name in sorted(names - modules))
-    yield from (f"{name}: in the manifest, not in the source" for name in sorted(modules - names))
+    heads |= {f"padded_{key}": count for key, count in heads.items()}
+    for file, actual, expected in (
+        (MANIFEST, manifest, same | {"model_type": checkpoint.config["model_type"]}),
+        (f"{MANIFEST} heads", manifest["heads"], heads),
+        (f"{MANIFEST} intermediate", manifest["intermediate"],
+         {"size": geometry.intermediate, "padded": width}),
+        ("config.json quantization_config", config.get("quantization_config", {}),
+         same | {"quant_method": "tpgptq", "desc_act": False, "group_size": quant.group_size}),
+        ("config.json", {k: v for k, v in config.items() if k != "quantization_config"},
+         {k: v for k, v in checkpoint.family.resized(checkpoint.config, width).items()
+          if k != "quantization_config"}),
+    ):  # fmt: skip
+        for key, value in expected.items():
+            if not isinstance(actual, Mapping) or actual.get(key) != value:
+                stated = actual.get(key) if isinstance(actual, Mapping) else None
+                yield f"{file}: {key} is {stated!r}; must be {value!r}"
 
 
 def _check_shared(checkpoint: Checkpoint, stored: _Stored) -> Iterator[str]:
@@ -179,7 +177,7 @@ class _Stored:
         self.tp: int = manifest["tp"]
         self._files: dict[int | None, list[SafetensorsFile]] = {
             rank: [SafetensorsFile(out / name) for name in files]
-            for rank, files in _weight_files(manifest)
+            for rank, files in weight_files(manifest)
         }
         self.has_index = (out / INDEX).is_file()
         self._index = SafetensorsFile(out / INDEX) if self.has_index else None

@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tpgptq_convert.errors import OutputError, VerificationError
+from tpgptq_convert.manifest import MANIFEST
 from tpgptq_convert.source import TensorSpec
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MANIFEST = "tpgptq.json"
-INDEX = "tpgptq-index.safetensors"
 ALIGNMENT = 64  # of the data in a file, for readers that map it
 
 
