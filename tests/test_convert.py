@@ -530,6 +530,8 @@ def set_at(value: Any, *keys: Any) -> Callable[[dict[str, Any]], None]:
         (set_at(32, "modules", GATE, "group_size"), 3),
         (set_at(128, "modules", DOWN, "in_features"), 3),
         (set_at(False, "modules", GATE, "perm"), 3),
+        (set_at(1, "modules", GATE, "perm"), 1),
+        (set_at({"x" * 300: {}}, "files", "other"), 1),
         (set_at("row", "modules", GATE, "parallel"), 3),
         (set_at({}, "modules"), 3),
         (set_at(8, "heads", "padded_query"), 3),
@@ -578,6 +580,36 @@ def test_verify_checks_what_servers_size_by(
     result = tpgptq("verify", tiny, out)
     assert result.exit_code == 3
     assert f"{keys[-1] if value else 'tp'} is " in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("model-shared.safetensors", "model.layers.0.self_attn.o_proj.bias"),
+        ("model-rank-1-part-0.safetensors", "model.layers.0.mlp.down_proj.perm"),
+        ("model-rank-1-part-0.safetensors", "model.norm.weight"),
+    ],
+)
+def test_verify_notices_a_tensor_too_many(
+    tpgptq: Run, tiny: Path, converted: Path, tmp_path: Path, file: str, name: str
+) -> None:
+    out = copy_of(converted, tmp_path / "out")
+    edit_tensors(out / file, lambda t: t.update({name: torch.zeros(8)}))
+    refresh_checksums(out)
+    result = tpgptq("verify", tiny, out)
+    assert result.exit_code == 3
+    assert f"Error: {name}: doesn't belong into {file}" in result.stderr
+
+
+def test_verify_notices_another_tokenizer(
+    tpgptq: Run, tiny: Path, converted: Path, tmp_path: Path
+) -> None:
+    out = copy_of(converted, tmp_path / "out")
+    (out / "tokenizer.json").write_text("{}")
+    refresh_checksums(out)
+    result = tpgptq("verify", tiny, out)
+    assert result.exit_code == 3
+    assert "tokenizer.json: differs from the source's" in result.stderr
 
 
 def test_verify_notices_ranks_that_changed_places(

@@ -34,9 +34,6 @@ from tpgptq_convert.writer import (
 )
 
 TOOL = f"tpgptq-convert {importlib.metadata.version('tpgptq-convert')}"
-# Files that speak of the source's own quantisation, or that are written anew.
-REWRITTEN = {"config.json", "README.md", "quantize_config.json", "quant_config.json"}
-
 RUNTIME = Path(__file__).with_name("tpgptq_runtime.py")
 
 Progress = Callable[[int], None]
@@ -219,10 +216,9 @@ class _Output:
         for name in self._shared_specs():
             self._shared.write(name, source.tensor(name))
         (self.directory / INDEX).write_bytes(save(self._index, metadata={"format": "np"}))
-        for path in source.other_files():
-            if path.name not in REWRITTEN:
-                (self.directory / path).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source.directory / path, self.directory / path)
+        for path in source.carried_files():
+            (self.directory / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source.directory / path, self.directory / path)
         shutil.copyfile(RUNTIME, self.directory / RUNTIME.name)
         write_json(self.directory / "config.json", self._config(sym))
         if self.options.layout == "merged":

@@ -57,21 +57,28 @@ def _malformed(manifest: Mapping[str, Any]) -> Iterator[str]:
     for group in groups:
         if not isinstance(group, dict) or not all(isinstance(e, dict) for e in group.values()):
             yield "files must map every file's name to its bytes and sha256"
-        elif bad := [
-            name for name in group if ".." in Path(name).parts or Path(name).is_absolute()
-        ]:
-            yield f"files names {bad[0]!r}; must be inside the output"
+        elif bad := [name for name in group if not _inside(name)]:
+            yield f"files names {bad[0][:80]!r}; must be a file inside the output"
     modules = manifest.get("modules")
     for name, module in modules.items() if isinstance(modules, dict) else [("modules", None)]:
         stated = module if isinstance(module, dict) else {}
         sizes = [stated.get(key) for key in ("in_features", "out_features", "group_size")]
         if not all(type(size) is int and size > 0 for size in sizes):
             yield f"{name} must state in_features, out_features and group_size"
+        elif type(stated.get("perm")) is not bool:
+            yield f"{name}: perm is {stated.get('perm')!r}; must be true or false"
         elif stated["in_features"] % stated["group_size"]:
             yield f"{name}: in_features must be a multiple of group_size"
     for key in ("heads", "intermediate"):
         if not isinstance(manifest.get(key), dict):
             yield f"{key} is {manifest.get(key)!r}; must be an object"
+
+
+def _inside(name: str) -> bool:
+    """Whether a file's name can only mean a file inside the output."""
+    parts = Path(name).parts
+    long = any(len(part.encode("utf-8", "replace")) > 255 for part in parts)
+    return bool(parts) and "\0" not in name and ".." not in parts and parts[0] != "/" and not long
 
 
 def weight_files(manifest: Mapping[str, Any]) -> Iterator[tuple[int | None, Mapping[str, Any]]]:

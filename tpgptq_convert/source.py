@@ -37,6 +37,8 @@ DTYPES: dict[str, np.dtype[Any]] = {
 # Files that hold weights, or say where they are: everything else is carried along to the output.
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
 WEIGHT_SUFFIXES = (*_WEIGHTS, *(f"{suffix}.index.json" for suffix in _WEIGHTS))
+# Files that speak of the source's own quantisation, or that an output has of its own.
+REWRITTEN = ("config.json", "README.md", "quantize_config.json", "quant_config.json")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 INDEX_SUFFIX = ".safetensors.index.json"
 
@@ -186,14 +188,18 @@ class Source:
         """A tensor on the CPU, backed by a memory map."""
         return self._file_of[name].tensor(name)
 
-    def other_files(self) -> list[Path]:
-        """Every file that is not weights, relative to the directory, hidden ones left out."""
+    def carried_files(self) -> list[Path]:
+        """Every file that an output takes along as it is, relative to the directory.
+
+        All but weights, hidden files, and those that are written anew.
+        """
         relative = (p.relative_to(self.directory) for p in sorted(self.directory.rglob("*")))
         return [
             p
             for p in relative
             if (self.directory / p).is_file()
             and not p.name.endswith(WEIGHT_SUFFIXES)
+            and p.name not in REWRITTEN
             and not any(part.startswith(".") for part in p.parts)
         ]
 

@@ -56,6 +56,8 @@ def verify(
         stored = _Stored(out, manifest)
         mismatches += _check_manifest(checkpoint, out, manifest)
         mismatches += _check_shared(checkpoint, stored)
+        mismatches += _check_names(checkpoint, stored)
+        mismatches += _check_carried(checkpoint, out)
         if set(manifest["modules"]) == {layer.name for layer in checkpoint.layers}:
             with workers(device) as pool:
                 check = partial(_check_block, checkpoint, stored, device)
@@ -146,6 +148,32 @@ def _check_shared(checkpoint: Checkpoint, stored: _Stored) -> Iterator[str]:
             yield f"{name}: differs from the source's"
 
 
+def _check_names(checkpoint: Checkpoint, stored: _Stored) -> Iterator[str]:
+    """No file holds a tensor that the format doesn't put there, or one that another file has."""
+    own = {f"{layer.name}.{part}" for layer in checkpoint.layers for part in stored.parts(layer)}
+    for rank, files in stored.files.items():
+        allowed = own if rank is not None else set(checkpoint.shared)
+        if len(stored.files) == 1:  # merged
+            allowed = allowed | own
+        seen: set[str] = set()
+        for file in files:
+            for name in file.specs:
+                if name not in allowed:
+                    yield f"{name}: doesn't belong into {file.path.name}"
+                if name in seen:
+                    yield f"{name}: stands in {file.path.name} and in a file before it"
+                seen.add(name)
+
+
+def _check_carried(checkpoint: Checkpoint, out: Path) -> Iterator[str]:
+    """Tokenizer, chat template, licence: the source's own."""
+    for path in checkpoint.source.carried_files():
+        if not (out / path).is_file():
+            yield f"{path}: missing; the source has it"
+        elif checksum(out / path) != checksum(checkpoint.source.directory / path):
+            yield f"{path}: differs from the source's"
+
+
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
@@ -175,7 +203,7 @@ class _Stored:
     def __init__(self, out: Path, manifest: Mapping[str, Any]) -> None:
         self.manifest = manifest
         self.tp: int = manifest["tp"]
-        self._files: dict[int | None, list[SafetensorsFile]] = {
+        self.files: dict[int | None, list[SafetensorsFile]] = {
             rank: [SafetensorsFile(out / name) for name in files]
             for rank, files in weight_files(manifest)
         }
@@ -183,10 +211,17 @@ class _Stored:
         self._index = SafetensorsFile(out / INDEX) if self.has_index else None
 
     def _find(self, name: str, rank: int | None) -> Tensor | None:
-        for file in self._files[rank if rank in self._files else None]:
+        for file in self.files[rank if rank in self.files else None]:
             if name in file.specs:
                 return file.tensor(name)
         return None
+
+    def parts(self, layer: Layer) -> list[str]:
+        """The tensors that a rank must store of a layer."""
+        parts = ["qweight", "qzeros", "scales"]
+        module = self.manifest["modules"].get(layer.name, {})
+        parts += ["perm"] if module.get("perm") else []
+        return parts + (["bias"] if layer.bias and layer.linear.parallel == "column" else [])
 
     def shared(self, name: str) -> Tensor | None:
         return self._find(name, None)
@@ -195,7 +230,7 @@ class _Stored:
         """One rank's slice of a stored tensor, cut out where all ranks' are merged."""
         tensor = self._find(f"{layer}.{part}", rank)
         module = self.manifest["modules"][layer]
-        if tensor is None or rank in self._files:
+        if tensor is None or rank in self.files:
             return tensor
         if module["parallel"] == "row":
             dim, pieces = 0, self.tp
@@ -268,15 +303,14 @@ class _Block:
             "qweight": (k // pack, n),
             "qzeros": (k // size, n // pack),
             "scales": (k // size, n),
+            "perm": (k,),
+            "bias": (n,),
         }
-        if module["perm"]:
-            shapes["perm"] = (k,)
-        if layer.bias and module["parallel"] == "column":
-            shapes["bias"] = (n,)
         scales = self.checkpoint.source.tensor(f"{layer.name}.scales").dtype
         dtypes = {"scales": scales, "bias": scales}
         tensors = {}
-        for part, shape in shapes.items():
+        for part in stored.parts(layer):
+            shape = shapes[part]
             tensor = stored.tensor(layer.name, part, rank)
             dtype = dtypes.get(part, torch.int32)
             if tensor is None:
