@@ -342,7 +342,8 @@ def test_output_exists(tpgptq: Run, tmp_path: Path) -> None:
         result = tpgptq("convert", "--tp", 2, model, out)
         assert result.exit_code == 1
         two_lines(result.stderr.splitlines())
-        assert f"{out.name}: exists; must be a new directory" in result.stderr
+        assert f"{out.name}: exists" in result.stderr
+        assert "must be a new directory" in result.stderr
     assert (tmp_path / "file").read_text() == "mine"
 
 

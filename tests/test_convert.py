@@ -335,6 +335,49 @@ def test_overwrite_replaces_an_earlier_output_only(tpgptq: Run, tiny: Path, tmp_
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "precious"]
 
 
+@pytest.mark.parametrize("where", ["file", "nested", "beside tp-N", "damaged manifest", "symlink"])
+def test_overwrite_leaves_what_is_not_ours(
+    tpgptq: Run, tiny: Path, tmp_path: Path, where: str
+) -> None:
+    out = tmp_path / "out"
+    degrees = ("--tp", 2, "--tp", 4) if where == "beside tp-N" else ("--tp", 2)
+    succeed(tpgptq("convert", *degrees, tiny, out))
+    precious = {"nested": out / "sub" / "mine", "damaged manifest": out / "tpgptq.json"}.get(
+        where, out / "mine"
+    )
+    precious.parent.mkdir(exist_ok=True)
+    precious.write_text("{}")
+    target = out
+    if where == "symlink":
+        target = tmp_path / "link"
+        target.symlink_to(out)
+    refused = tpgptq("convert", "--tp", 4, "--overwrite", tiny, target)
+    assert refused.exit_code == 1
+    expected = target if where == "symlink" else precious.parent if where == "nested" else precious
+    assert str(expected) in refused.stderr
+    assert precious.read_text() == "{}"
+
+
+def test_what_comes_into_being_meanwhile_is_not_replaced(
+    tpgptq: Run, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tpgptq_convert import convert as module
+
+    out = tmp_path / "out"
+
+    def slow(*arguments: Any) -> list[str]:
+        out.mkdir()
+        (out / "precious").write_text("mine")
+        return []
+
+    monkeypatch.setattr(module, "verify", slow)
+    refused = tpgptq("convert", "--tp", 2, tiny, out)
+    assert refused.exit_code == 1
+    assert "precious is no part of an output" in refused.stderr
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+    assert (out / "precious").read_text() == "mine"
+
+
 def copy_of(converted: Path, to: Path) -> Path:
     return shutil.copytree(converted, to)
 

@@ -63,6 +63,23 @@ def test_the_generated_text_continues_the_prompt(ran: tuple[Path, dict[str, str]
     assert printed.startswith("Return the list of")
 
 
+def test_the_program_of_your_own(ran: tuple[Path, dict[str, str]]) -> None:
+    directory, _ = ran
+    (program,) = [text for kind, text in BLOCKS if kind == "python" and "load_model" in text]
+    (directory / "program.py").write_text(program)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run(
+        [*command, "program.py"],
+        cwd=directory,
+        env=os.environ | {"PYTHONPATH": "shards", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Return the list of")
+
+
 def test_the_lora_recipe(ran: tuple[Path, dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut and padded by the recipe, the low-rank products of all ranks sum to the source's."""
     monkeypatch.chdir(ran[0])

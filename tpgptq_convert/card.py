@@ -26,8 +26,10 @@ Load it with the module in this directory, which needs torch (and transformers f
 torchrun --nproc-per-node {tp} tpgptq_runtime.py --prompt "Once upon a time"
 ```
 
-It runs at tensor-parallel degree {tp} only. A LoRA adapter of the MLP, made for the source, must be
-permuted along with the channels: `mlp.*.rows` and `mlp.*.cols` of the index file say how.
+Engines that know plain GPTQ alone must not load it: they would ignore `perm`, and the group size of
+attention's output layer. It runs at tensor-parallel degree {tp} only. A LoRA adapter of the MLP,
+made for the source, must be permuted along with the channels: `mlp.*.rows` and `mlp.*.cols` of the
+index file say how.
 """
 
 

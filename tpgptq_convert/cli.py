@@ -127,7 +127,7 @@ def cli() -> None:
     type=click.Choice(["ranks", "merged"]),
     default="ranks",
     show_default=True,
-    help="Files per rank, or one ordinary checkpoint to slice.",
+    help="Files per rank, or one checkpoint with the ranks' shards side by side, to slice.",
 )
 @click.option(
     "--max-shard-size", type=ByteSize(), default="5GB", show_default=True, help="Largest file."
@@ -199,7 +199,7 @@ def convert(
             )
         )
     elif not quiet:
-        files = [f for path in out.rglob("*.safetensors") if (f := path.stat().st_size)]
+        files = [f for path in out.rglob("model-*.safetensors") if (f := path.stat().st_size)]
         gigabytes = sum(files) / 1e9
         click.echo(
             f"Wrote {'and verified ' if check else ''}tp {', '.join(str(p.tp) for p in plans)} to "
@@ -260,7 +260,7 @@ def verify(model: Path, out: Path, device: str, quiet: bool, as_json: bool) -> N
     if mismatches:
         raise VerificationError(
             *mismatches,
-            hint=f"convert again: tpgptq convert --overwrite --tp {manifest['tp']} {model} {out}",
+            hint=f"if {model} is what it was made from, convert again: {out}/README.md says how",
         )
     if not (quiet or as_json):
         click.echo(

@@ -81,7 +81,7 @@ def convert(
     sym = check_zero_points(checkpoint, plans)
     needed = sum(output_bytes(plan) for plan in plans)
     check_free(out, options.overwrite, needed, checkpoint.source.directory)
-    with staging(out) as stage, ExitStack() as stack:
+    with staging(out, options.overwrite) as stage, ExitStack() as stack:
         background = ThreadPoolExecutor(1)
         stack.callback(background.shutdown, cancel_futures=True)
         hashes = {

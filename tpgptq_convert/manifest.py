@@ -74,6 +74,14 @@ def _malformed(manifest: Mapping[str, Any]) -> Iterator[str]:
             yield f"{key} is {manifest.get(key)!r}; must be an object"
 
 
+def listed_files(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Every file that the manifest states, with its bytes and sha256."""
+    listed: dict[str, Any] = dict(manifest["files"]["other"])
+    for _, files in weight_files(manifest):
+        listed |= files
+    return listed
+
+
 def _inside(name: str) -> bool:
     """Whether a file's name can only mean a file inside the output."""
     parts = Path(name).parts

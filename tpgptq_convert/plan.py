@@ -71,14 +71,13 @@ def make_plans(
     legal = legal_degrees(geometry)
     wrong = [tp for tp in degrees if tp not in legal]
     if wrong:
-        nearest = min(legal, key=lambda tp: (abs(tp - wrong[0]), tp))
         raise DegreeError(
             *(
                 f"tp {tp}: can't share out {geometry.heads} query and {geometry.kv_heads} kv heads "
                 f"evenly; must be one of {', '.join(map(str, legal))}"
                 for tp in wrong
             ),
-            hint=f"use --tp {nearest}",
+            hint="`tpgptq inspect` says what each of these degrees costs",
         )
     plans = [Plan(checkpoint, tp, row_group) for tp in degrees]
     pack = checkpoint.quant.pack_factor

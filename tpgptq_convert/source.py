@@ -110,6 +110,12 @@ class Source:
                 f"{directory}: no such directory; must be a directory with a GPTQ checkpoint",
                 hint="fetch one first, for example `hf download ORG/NAME --local-dir DIR`",
             )
+        if (directory / "tpgptq.json").is_file():
+            raise SourceError(
+                f"{directory}: has a tpgptq.json, so it is converted already; must be a GPTQ "
+                "checkpoint",
+                hint="name the checkpoint that it was made from",
+            )
         self.directory = directory
         self.files = {name: SafetensorsFile(directory / name) for name in self._weight_files()}
         self._file_of: dict[str, SafetensorsFile] = {}

@@ -268,8 +268,8 @@ def load_model(
     world = dist.get_world_size(group) if dist.is_initialized() else 1
     if world != checkpoint.tp:
         raise FormatError(
-            f"{world} processes: {checkpoint.directory} was written for tp {checkpoint.tp}; run it "
-            f"with torchrun --nproc-per-node {checkpoint.tp}, or convert again with --tp {world}"
+            f"world size {world}: {checkpoint.directory} was written for tp {checkpoint.tp}; run "
+            f"it with torchrun --nproc-per-node {checkpoint.tp}, or convert again with --tp {world}"
         )
     if rank is None:
         rank = dist.get_rank(group) if world > 1 else 0
@@ -317,7 +317,12 @@ def main() -> None:
         help="default: float16 on a GPU, float32 on a CPU",
     )
     arguments = parser.parse_args()
-    from transformers import AutoTokenizer
+    try:
+        from transformers import AutoTokenizer
+    except ModuleNotFoundError:
+        raise SystemExit(
+            "Error: transformers is missing; install it: pip install transformers"
+        ) from None
 
     cuda = arguments.device == "cuda" or (arguments.device == "auto" and torch.cuda.is_available())
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -327,7 +332,10 @@ def main() -> None:
         if cuda:
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if cuda else "gloo")
-    model = load_model(arguments.checkpoint, dtype=dtype, device=device)
+    try:
+        model = load_model(arguments.checkpoint, dtype=dtype, device=device)
+    except FormatError as error:
+        raise SystemExit(f"Error: {error}" if os.environ.get("RANK", "0") == "0" else 1) from None
     tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
     inputs = tokenizer(arguments.prompt, return_tensors="pt").to(device)
     with torch.inference_mode():

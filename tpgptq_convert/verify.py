@@ -24,7 +24,7 @@ from torch.nn import functional
 from tpgptq_convert.checkpoint import Checkpoint, IntArray, Layer
 from tpgptq_convert.errors import SourceError
 from tpgptq_convert.families import Axis
-from tpgptq_convert.manifest import INDEX, MANIFEST, read_manifest, weight_files
+from tpgptq_convert.manifest import INDEX, MANIFEST, listed_files, read_manifest, weight_files
 from tpgptq_convert.repack import Packed, Unpacked, gather, workers, zero_points
 from tpgptq_convert.source import SafetensorsFile, read_json
 from tpgptq_convert.writer import checksum
@@ -78,9 +78,7 @@ def _check_block(
 
 
 def _check_files(out: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
-    listed: dict[str, Any] = dict(manifest["files"]["other"])
-    for _, files in weight_files(manifest):
-        listed |= files
+    listed = listed_files(manifest)
     for name, stated in listed.items():
         if not (out / name).is_file():
             yield f"{name}: missing; the manifest lists it"
@@ -101,8 +99,13 @@ def _check_manifest(
     quant, geometry, tp = checkpoint.quant, checkpoint.geometry, manifest["tp"]
     modules = manifest["modules"]
     names = {layer.name for layer in checkpoint.layers}
-    yield from (f"{name}: not in the manifest" for name in sorted(names - set(modules)))
-    yield from (f"{name}: not in the source" for name in sorted(set(modules) - names))
+    if set(modules) != names:
+        yield (
+            f"{MANIFEST}: has {len(modules)} layers, {len(names & set(modules))} of them among the "
+            f"{len(names)} of {checkpoint.name}; the output says that it was made from "
+            f"{manifest.get('source', {}).get('name')!r}"
+        )
+        return
     width = geometry.intermediate
     for layer in checkpoint.layers:
         module = modules.get(layer.name, {})

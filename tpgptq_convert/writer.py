@@ -12,8 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tpgptq_convert.errors import OutputError, VerificationError
-from tpgptq_convert.manifest import MANIFEST
+from tpgptq_convert.errors import OutputError, TpgptqError, VerificationError
+from tpgptq_convert.manifest import MANIFEST, listed_files, read_manifest
 from tpgptq_convert.source import TensorSpec
 
 if TYPE_CHECKING:
@@ -137,16 +137,7 @@ def check_free(out: Path, overwrite: bool, needed: int, source: Path) -> None:
             hint="name another output directory",
         )
     if out.exists() or out.is_symlink():
-        if not overwrite:
-            raise OutputError(
-                f"{out}: exists; must be a new directory", hint="use --overwrite to replace it"
-            )
-        if not _is_output(out):
-            raise OutputError(
-                f"{out}: has no {MANIFEST}; what --overwrite replaces must be an earlier output, "
-                "or an empty directory",
-                hint="name another output directory",
-            )
+        _check_replaceable(out, overwrite)
     parent = next(p for p in real.parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(
@@ -161,15 +152,42 @@ def check_free(out: Path, overwrite: bool, needed: int, source: Path) -> None:
         )
 
 
-def _is_output(path: Path) -> bool:
-    if path.is_symlink() or not path.is_dir():
-        return False
-    children = list(path.iterdir())
-    return all((child / MANIFEST).is_file() for child in children) or (path / MANIFEST).is_file()
+def _check_replaceable(out: Path, overwrite: bool) -> None:
+    """Refuse to replace anything but an earlier output, whole and with nothing added to it."""
+    foreign = _foreign(out)
+    if foreign:
+        what = "is" if foreign == out else f"{foreign} is"
+        raise OutputError(
+            f"{out}: exists, and {what} no part of an output of this tool; must be a new directory",
+            hint="name another output directory",
+        )
+    if not overwrite:
+        raise OutputError(
+            f"{out}: exists; must be a new directory", hint="use --overwrite to replace it"
+        )
+
+
+def _foreign(path: Path) -> Path | None:
+    """Something in a directory that no run of this tool wrote there, or None."""
+    if path.is_symlink() or not path.is_dir() or path.resolve() == Path.cwd():
+        return path
+    if not (path / MANIFEST).is_file():
+        for child in path.iterdir():  # an output of several degrees holds tp-N alone
+            mine = child.name.startswith("tp-") and (child / MANIFEST).is_file()
+            found = _foreign(child) if mine else child
+            if found:
+                return found
+        return None
+    try:
+        listed = {*listed_files(read_manifest(path)), MANIFEST, "README.md"}
+    except TpgptqError:
+        return path / MANIFEST
+    files = (child for child in path.rglob("*") if child.is_symlink() or not child.is_dir())
+    return next((file for file in files if str(file.relative_to(path)) not in listed), None)
 
 
 @contextmanager
-def staging(out: Path) -> Iterator[Path]:
+def staging(out: Path, overwrite: bool) -> Iterator[Path]:
     """A temporary directory beside `out` that becomes it, or leaves nothing.
 
     After a VerificationError it is kept as OUT.failed, for study.
@@ -182,10 +200,9 @@ def staging(out: Path) -> Iterator[Path]:
         raise _cannot_write(out, error) from None
     try:
         yield stage
-        _replace(out, stage)
+        _move(stage, out, overwrite)
     except VerificationError:
-        if not failed_path(out).exists() or _is_output(failed_path(out)):
-            _replace(failed_path(out), stage)
+        _move(stage, failed_path(out), overwrite=True)
         raise
     except OSError as error:
         raise _cannot_write(out, error) from error
@@ -205,8 +222,10 @@ def _cannot_write(out: Path, error: OSError) -> OutputError:
     )
 
 
-def _replace(out: Path, stage: Path) -> None:
+def _move(stage: Path, out: Path, overwrite: bool) -> None:
     """Rename `stage` to `out`; what stood there goes only once the new one is in place."""
+    if out.exists() or out.is_symlink():  # also where it came into being meanwhile
+        _check_replaceable(out, overwrite)
     if not out.exists():
         stage.rename(out)
         return
@@ -214,10 +233,9 @@ def _replace(out: Path, stage: Path) -> None:
     out.rename(old)
     try:
         stage.rename(out)
-    except OSError:
-        old.rename(out)
-        raise
     finally:
+        if not out.exists():
+            old.rename(out)
         shutil.rmtree(old.parent, ignore_errors=True)
 
 
