@@ -21,7 +21,7 @@ from tpgptq_convert.checkpoint import Checkpoint, IntArray, Layer
 from tpgptq_convert.errors import VerificationError
 from tpgptq_convert.manifest import FORMAT_VERSION, INDEX, LAYOUTS, MANIFEST
 from tpgptq_convert.plan import ROW_GROUPS, Plan, Shard, check_zero_points
-from tpgptq_convert.repack import Packed, repack, workers
+from tpgptq_convert.repack import Packed, in_order, repack, workers
 from tpgptq_convert.source import DTYPES, TensorSpec
 from tpgptq_convert.verify import verify
 from tpgptq_convert.writer import (
@@ -35,6 +35,8 @@ from tpgptq_convert.writer import (
 
 TOOL = f"tpgptq-convert {importlib.metadata.version('tpgptq-convert')}"
 RUNTIME = Path(__file__).with_name("tpgptq_runtime.py")
+
+LAYERS_AHEAD = 4  # of the one that is being written
 
 Progress = Callable[[int], None]
 
@@ -95,13 +97,17 @@ def convert(
         for output in outputs:
             stack.callback(output.close)
         pool = stack.enter_context(workers(options.device))
-        for index, block in enumerate(checkpoint.blocks):
-            cuts = [output.cut(index) for output in outputs]
-            job = partial(_repack, checkpoint, options.device, cuts)
-            for layer, repacked in zip(block, pool.map(job, block), strict=True):
-                for output, tensors in zip(outputs, repacked, strict=True):
-                    output.write(layer, tensors)
-                progress(checkpoint.source_bytes(layer))
+        pieces = (
+            (layer, [cut[layer.name] for cut in cuts])
+            for index, block in enumerate(checkpoint.blocks)
+            for cuts in [[output.cut(index) for output in outputs]]
+            for layer in block
+        )
+        job = partial(_repack, checkpoint, options.device)
+        for (layer, _), repacked in in_order(pool, job, pieces, LAYERS_AHEAD):
+            for output, tensors in zip(outputs, repacked, strict=True):
+                output.write(layer, tensors)
+            progress(checkpoint.source_bytes(layer))
         source_files = {name: future.result() for name, future in hashes.items()}
         manifests = [output.finish(source_files, sym) for output in outputs]
         if options.verify:
@@ -128,17 +134,17 @@ def output_bytes(plan: Plan) -> int:
 def _repack(
     checkpoint: Checkpoint,
     device: torch.device,
-    cuts: Sequence[Mapping[str, Sequence[Shard]]],
-    layer: Layer,
+    pieces: tuple[Layer, Sequence[Sequence[Shard]]],
 ) -> list[list[dict[str, torch.Tensor]]]:
-    """One layer's shards, for every output and in it for every file."""
+    """A layer's shards, for every output and in it for every file."""
+    layer, cuts = pieces
 
     def tensor(part: str) -> torch.Tensor:
         return checkpoint.source.tensor(f"{layer.name}.{part}").to(device)
 
     bias = tensor("bias") if layer.bias and layer.linear.parallel == "column" else None
     packed = Packed(tensor("qweight"), tensor("qzeros"), tensor("scales"), bias)
-    return [list(repack(packed, cut[layer.name], checkpoint.quant)) for cut in cuts]
+    return [list(repack(packed, shards, checkpoint.quant)) for shards in cuts]
 
 
 class _Output:

@@ -7,10 +7,12 @@ point. Integers are moved, never computed anew; the same input gives the same by
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +22,9 @@ from torch import Tensor
 from tpgptq_convert.checkpoint import IntArray
 from tpgptq_convert.config import QuantConfig
 from tpgptq_convert.plan import Shard
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 def unpack_rows(words: Tensor, bits: int) -> Tensor:
@@ -85,6 +90,20 @@ def workers(device: torch.device) -> Iterator[ThreadPoolExecutor]:
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(threads)
+
+
+def in_order(
+    pool: ThreadPoolExecutor, job: Callable[[Item], Result], items: Iterable[Item], ahead: int
+) -> Iterator[tuple[Item, Result]]:
+    """Each item with the job's result, in order; at most `ahead` jobs are begun or waiting."""
+    pending: deque[tuple[Item, Future[Result]]] = deque()
+    for item in items:
+        pending.append((item, pool.submit(job, item)))
+        if len(pending) == ahead:
+            first, future = pending.popleft()
+            yield first, future.result()
+    for item, future in pending:
+        yield item, future.result()
 
 
 @dataclass(frozen=True, eq=False)
