@@ -85,6 +85,12 @@ def read_checkpoint(directory: Path) -> Checkpoint:
     config = read_config(directory)
     quant, family = _all(lambda: read_quant_config(directory, config), lambda: family_of(config))
     geometry = family.geometry(config)
+    if geometry.blocks > max(100, len(source.names)):  # don't list what a million blocks lack
+        raise CheckpointError(
+            f"config.json: num_hidden_layers is {geometry.blocks}; the files hold only "
+            f"{len(source.names)} tensors",
+            hint="correct config.json, or fetch the files that are missing",
+        )
     reader = _LayerReader(source, quant, family, geometry, family.biased(config))
     blocks = [
         [reader.layer(block, linear) for linear in family.linears]
@@ -196,14 +202,19 @@ class _LayerReader:
         """The tensors outside the quantised layers; every other one is a fault."""
         shared = list(self.row_biases)
         blocks = [self.family.block(i) for i in range(self.geometry.blocks)]
-        for name in (
-            *(f"{block}.{tensor}" for block in blocks for tensor in self.family.block_tensors),
-            *self.family.tensors,
-        ):
-            if self._spec(name) is not None:
+        needed = {
+            f"{block}.{tensor}": shape
+            for block in blocks
+            for tensor, shape in self.family.block_tensors.items()
+        } | dict(self.family.tensors)
+        sizes = {"hidden": self.geometry.hidden, "head_dim": self.geometry.head_dim}
+        for name, shape in needed.items():
+            if tied and name == self.family.head and self._spec(name) is None:
+                continue
+            # The vocabulary may be padded in the file: it is what the tensor says.
+            sizes["vocab"] = (getattr(self._spec(name), "shape", ()) or (1,))[0]
+            if self._check(name, SCALE_DTYPES, tuple(sizes[size] for size in shape)):
                 shared.append(name)
-            elif not (tied and name == self.family.head):
-                self.problems.append(f"{name}: missing; a {self.family.prefix} model must have it")
         shared += [
             name
             for name in (

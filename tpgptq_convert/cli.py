@@ -35,13 +35,24 @@ class Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
+        except (OSError, UnicodeError) as error:
+            name = getattr(error, "filename", None)
+            what = getattr(error, "strerror", None) or error
+            click.echo(f"Error: {_printable(f'{name}: {what}' if name else str(what))}", err=True)
+            click.echo("Hint: check that the files can be read, and their names", err=True)
+            ctx.exit(1)
         except TpgptqError as error:
             for problem in error.problems[:PROBLEMS_SHOWN]:
-                click.echo(f"Error: {problem}", err=True)
+                click.echo(f"Error: {_printable(problem)}", err=True)
             if len(error.problems) > PROBLEMS_SHOWN:
                 click.echo(f"... and {len(error.problems) - PROBLEMS_SHOWN} more", err=True)
             click.echo(f"Hint: {error.hint}", err=True)
             ctx.exit(error.exit_code)
+
+
+def _printable(text: str) -> str:
+    """Names come from files: nothing in them may break a line or reach the terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 class ByteSize(click.ParamType[int]):
@@ -53,7 +64,7 @@ class ByteSize(click.ParamType[int]):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         if isinstance(value, int):
             return value
-        match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?B)", str(value).strip().upper())
+        match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([KMGT]?B)", str(value).strip().upper())
         if not match or float(match[1]) == 0:
             self.fail(f"{value!r} is not a size such as 5GB or 500MB.", param, ctx)
         return int(float(match[1]) * self.units[match[2]])

@@ -18,7 +18,7 @@ from safetensors.numpy import save
 
 from tpgptq_convert.card import model_card
 from tpgptq_convert.checkpoint import Checkpoint, IntArray, Layer
-from tpgptq_convert.errors import VerificationError
+from tpgptq_convert.errors import CheckpointError, VerificationError
 from tpgptq_convert.manifest import FORMAT_VERSION, INDEX, LAYOUTS, MANIFEST
 from tpgptq_convert.plan import ROW_GROUPS, Plan, Shard, check_zero_points
 from tpgptq_convert.repack import Packed, in_order, repack, workers
@@ -144,6 +144,11 @@ def _repack(
 
     bias = tensor("bias") if layer.bias and layer.linear.parallel == "column" else None
     packed = Packed(tensor("qweight"), tensor("qzeros"), tensor("scales"), bias)
+    if not packed.scales.isfinite().all():
+        raise CheckpointError(
+            f"{layer.name}.scales: holds NaN or infinity; must be finite",
+            hint="the file may be damaged; fetch it again",
+        )
     return [list(repack(packed, shards, checkpoint.quant)) for shards in cuts]
 
 

@@ -44,6 +44,7 @@ class Linear:
 
 # What `hidden_act` may say: functions of each channel alone that map 0 to 0.
 ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+LARGEST = 1 << 22  # of a size in config.json
 ALWAYS = ""  # in Family.biases, in the place of a config key
 
 
@@ -53,8 +54,8 @@ class Family:
 
     prefix: str  # block i is prefix.i
     linears: tuple[Linear, ...]  # in the order in which a block uses them
-    block_tensors: tuple[str, ...]  # every other tensor of a block
-    tensors: tuple[str, ...]  # every tensor outside the blocks
+    block_tensors: Mapping[str, tuple[str, ...]]  # every other tensor of a block: name -> shape
+    tensors: Mapping[str, tuple[str, ...]]  # every tensor outside the blocks: name -> shape
     head: str  # the one of them that is absent where embeddings are tied
     optional: tuple[str, ...]  # tensors (suffixes, where a block's) that some files have
     # Key in config.json (true: has biases) -> the layers it speaks of.
@@ -74,8 +75,11 @@ class Family:
 
         def size(key: str, default: int | None = None) -> int:
             value = default if config.get(key) is None else config[key]
-            if type(value) is not int or value <= 0:
-                problems.append(f"config.json: {key} is {value!r}; must be a positive integer")
+            if type(value) is not int or not 0 < value <= LARGEST:
+                problems.append(
+                    f"config.json: {key} is {value!r:.40}; must be a positive integer"
+                    f"{f' up to {LARGEST}' if type(value) is int and value > 0 else ''}"
+                )
                 return 1
             return value
 
@@ -122,8 +126,15 @@ LLAMA = Family(
         Linear(UP, Axis.HIDDEN, Axis.MLP),
         Linear(DOWN, Axis.MLP, Axis.HIDDEN),
     ),
-    block_tensors=("input_layernorm.weight", "post_attention_layernorm.weight"),
-    tensors=("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"),
+    block_tensors={
+        "input_layernorm.weight": ("hidden",),
+        "post_attention_layernorm.weight": ("hidden",),
+    },
+    tensors={
+        "model.embed_tokens.weight": ("vocab", "hidden"),
+        "model.norm.weight": ("hidden",),
+        "lm_head.weight": ("vocab", "hidden"),
+    },
     head="lm_head.weight",
     optional=("self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"),
     biases={"attention_bias": (Q, K, V, O), "mlp_bias": (GATE, UP, DOWN)},
@@ -135,11 +146,11 @@ FAMILIES: Mapping[str, Family] = {
     "qwen2": replace(LLAMA, biases={ALWAYS: (Q, K, V)}),
     "qwen3": replace(
         LLAMA,
-        block_tensors=(
-            *LLAMA.block_tensors,
-            "self_attn.q_norm.weight",  # per head: the same on every rank
-            "self_attn.k_norm.weight",
-        ),
+        block_tensors={
+            **LLAMA.block_tensors,
+            "self_attn.q_norm.weight": ("head_dim",),  # per head: the same on every rank
+            "self_attn.k_norm.weight": ("head_dim",),
+        },
         biases={"attention_bias": (Q, K, V, O)},
     ),
 }

@@ -65,6 +65,8 @@ def _malformed(manifest: Mapping[str, Any]) -> Iterator[str]:
         sizes = [stated.get(key) for key in ("in_features", "out_features", "group_size")]
         if not all(type(size) is int and size > 0 for size in sizes):
             yield f"{name} must state in_features, out_features and group_size"
+        elif stated.get("parallel") not in ("column", "row"):
+            yield f"{name}: parallel is {stated.get('parallel')!r}; must be 'column' or 'row'"
         elif type(stated.get("perm")) is not bool:
             yield f"{name}: perm is {stated.get('perm')!r}; must be true or false"
         elif stated["in_features"] % stated["group_size"]:

@@ -300,7 +300,7 @@ class Plan:
     def _row_units(self, layer: Layer) -> list[int]:
         """Group sizes that attention output rows may have: from row_group to the source's own."""
         units = [layer.group_size]
-        while units[-1] % 2 == 0 and units[-1] // 2 >= self.row_group:
+        while units[-1] % 16 == 0 and units[-1] // 2 >= self.row_group:
             units.append(units[-1] // 2)
         return units
 

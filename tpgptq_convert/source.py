@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,7 +38,10 @@ DTYPES: dict[str, np.dtype[Any]] = {
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".msgpack", ".h5", ".onnx")
 WEIGHT_SUFFIXES = (*_WEIGHTS, *(f"{suffix}.index.json" for suffix in _WEIGHTS))
 # Files that speak of the source's own quantisation, or that an output has of its own.
-REWRITTEN = ("config.json", "README.md", "quantize_config.json", "quant_config.json")
+REWRITTEN = (
+    *("config.json", "README.md", "quantize_config.json", "quant_config.json"),
+    "tpgptq_runtime.py",
+)
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 INDEX_SUFFIX = ".safetensors.index.json"
 
@@ -131,7 +134,7 @@ class Source:
 
     def _weight_files(self) -> list[str]:
         """Names of the safetensors files that make up the checkpoint."""
-        names = sorted(p.name for p in self.directory.iterdir())
+        names = sorted(p.name for p in self.directory.iterdir() if p.is_file())
         indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
         found = [name for name in names if name.endswith(".safetensors")]
         if len(indexes) == 1:
@@ -178,7 +181,7 @@ class Source:
         return names
 
     @property
-    def names(self) -> Iterable[str]:
+    def names(self) -> Collection[str]:
         return self._file_of.keys()
 
     def spec(self, name: str) -> TensorSpec | None:
@@ -205,7 +208,7 @@ class Source:
             for p in relative
             if (self.directory / p).is_file()
             and not p.name.endswith(WEIGHT_SUFFIXES)
-            and p.name not in REWRITTEN
+            and str(p) not in REWRITTEN
             and not any(part.startswith(".") for part in p.parts)
         ]
 

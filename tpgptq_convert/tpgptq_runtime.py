@@ -48,16 +48,21 @@ class FormatError(ValueError):
 
 def _map_file(path: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file, backed by a private memory map: read when touched."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-    header.pop("__metadata__", None)
-    start, length = 8 + size, path.stat().st_size
-    data = torch.from_file(str(path), shared=False, size=length, dtype=torch.uint8)[start:]
-    return {
-        name: data[slice(*entry["data_offsets"])].view(DTYPES[entry["dtype"]]).view(entry["shape"])
-        for name, entry in header.items()
-    }
+    length = path.stat().st_size
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(min(size, length)))
+        header.pop("__metadata__", None)
+        data = torch.from_file(str(path), shared=False, size=length, dtype=torch.uint8)[8 + size :]
+        return {
+            name: data[slice(*entry["data_offsets"])]
+            .view(DTYPES[entry["dtype"]])
+            .view(entry["shape"])
+            for name, entry in header.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise FormatError(f"{path}: not a whole safetensors file ({error})") from None
 
 
 class Checkpoint:
@@ -68,7 +73,10 @@ class Checkpoint:
         path = self.directory / "tpgptq.json"
         if not path.is_file():
             raise FormatError(f"{path}: missing; must be the manifest of a converted checkpoint")
-        self.manifest: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        try:
+            self.manifest: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise FormatError(f"{path}: not a JSON object ({error})") from None
         version = self.manifest.get("format_version")
         if self.manifest.get("format") != "tpgptq" or version != FORMAT_VERSION:
             raise FormatError(
@@ -104,6 +112,11 @@ class Checkpoint:
             module, _, part = name.rpartition(".")
             if self._is_shard(name):
                 shards[module][part] = tensor
+        for name, parts in shards.items():
+            needed = {"qweight", "qzeros", "scales"}
+            needed |= {"perm"} if self.modules[name]["perm"] else set()
+            if lacking := needed - parts.keys():
+                raise FormatError(f"{name}: rank {rank} lacks {', '.join(sorted(lacking))}")
         if merged:
             return {name: self._slice(name, parts, rank) for name, parts in shards.items()}
         return shards
@@ -262,7 +275,7 @@ def load_model(
 
     Only this rank's files and the shared ones are read. rank None: this process's own rank.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     checkpoint = Checkpoint(directory)
     world = dist.get_world_size(group) if dist.is_initialized() else 1
@@ -279,6 +292,9 @@ def load_model(
         model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
     swap_linears(model, checkpoint, rank, device, group)
     _fill(model, checkpoint.shared(), config, dtype, device)
+    if (checkpoint.directory / "generation_config.json").is_file():
+        generation = GenerationConfig.from_pretrained(directory)
+        model.generation_config = generation  # type: ignore[assignment]
     return model.eval()
 
 

@@ -10,6 +10,7 @@ Two proofs, each from the stored shards, their perms and the manifest alone:
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -57,6 +58,7 @@ def verify(
         mismatches += _check_manifest(checkpoint, out, manifest)
         mismatches += _check_shared(checkpoint, stored)
         mismatches += _check_names(checkpoint, stored)
+        mismatches += _check_index(out, stored)
         mismatches += _check_carried(checkpoint, out)
         if set(manifest["modules"]) == {layer.name for layer in checkpoint.layers}:
             with workers(device) as pool:
@@ -136,10 +138,12 @@ def _check_manifest(
          {k: v for k, v in checkpoint.family.resized(checkpoint.config, width).items()
           if k != "quantization_config"}),
     ):  # fmt: skip
+        stated = actual if isinstance(actual, Mapping) else {}
         for key, value in expected.items():
-            if not isinstance(actual, Mapping) or actual.get(key) != value:
-                stated = actual.get(key) if isinstance(actual, Mapping) else None
-                yield f"{file}: {key} is {stated!r}; must be {value!r}"
+            if json.dumps(stated.get(key)) != json.dumps(value):
+                yield f"{file}: {key} is {stated.get(key)!r}; must be {value!r}"
+    for key in sorted(set(config) - set(checkpoint.config) - {"quantization_config"}):
+        yield f"config.json: {key} is {config[key]!r}; the source doesn't have it"
 
 
 def _check_shared(checkpoint: Checkpoint, stored: _Stored) -> Iterator[str]:
@@ -166,6 +170,15 @@ def _check_names(checkpoint: Checkpoint, stored: _Stored) -> Iterator[str]:
                 if name in seen:
                     yield f"{name}: stands in {file.path.name} and in a file before it"
                 seen.add(name)
+
+
+def _check_index(out: Path, stored: _Stored) -> Iterator[str]:
+    """The merged layout's own index, through which servers find the tensors."""
+    path = out / "model.safetensors.index.json"
+    if len(stored.files) == 1 and path.is_file():
+        found = {name: file.path.name for file in stored.files[None] for name in file.specs}
+        if read_json(path).get("weight_map") != found:
+            yield f"{path.name}: weight_map doesn't say where the tensors are"
 
 
 def _check_carried(checkpoint: Checkpoint, out: Path) -> Iterator[str]:
@@ -240,8 +253,11 @@ class _Stored:
         else:
             if part == "perm":
                 return tensor
-            dim, width = tensor.dim() - 1, self._find(f"{layer}.scales", None)
-            pieces = width.shape[1] // module["out_features"] if width is not None else 1
+            dim, scales = tensor.dim() - 1, self._find(f"{layer}.scales", None)
+            columns = scales.shape[-1] if scales is not None and scales.dim() else 0
+            pieces = columns // module["out_features"]
+        if tensor.dim() == 0 or pieces == 0 or tensor.shape[dim] % pieces:
+            raise _DamagedError(f"{part} {list(tensor.shape)} can't be cut for {self.tp} ranks")
         size = tensor.shape[dim] // pieces
         return tensor.narrow(dim, rank * pieces // self.tp * size, size)
 
@@ -249,7 +265,9 @@ class _Stored:
         """One rank's source rows or columns from the index file."""
         if self._index is None or name not in self._index.specs:
             return None
-        vectors = self._index.array(name)
+        spec, vectors = self._index.specs[name], self._index.array(name)
+        if spec.dtype != "I32" or len(spec.shape) != 2 or spec.shape[0] not in (1, self.tp):
+            raise _DamagedError(f"{INDEX} is {spec.dtype} {list(spec.shape)}; must be I32, by rank")
         vector: IntArray = vectors[min(rank, len(vectors) - 1)]
         return vector
 
@@ -309,8 +327,11 @@ class _Block:
             "perm": (k,),
             "bias": (n,),
         }
-        scales = self.checkpoint.source.tensor(f"{layer.name}.scales").dtype
-        dtypes = {"scales": scales, "bias": scales}
+        dtypes: dict[str, torch.dtype] = {
+            part: self.checkpoint.source.tensor(f"{layer.name}.{part}").dtype
+            for part in ("scales", "bias")
+            if part in stored.parts(layer)
+        }
         tensors = {}
         for part in stored.parts(layer):
             shape = shapes[part]
@@ -442,11 +463,11 @@ class _Block:
             expected = self._half(output, x, None)
             ranks = [self._half(output, x, rank) for rank in range(self.stored.tp)]
             summed = torch.stack(ranks).sum(dim=0)
-            error = (summed - expected).abs().max() / expected.abs().max()
-            if not error <= TOLERANCE:
+            error, largest = (summed - expected).abs().max(), expected.abs().max()
+            if not error <= TOLERANCE * largest:
                 yield (
                     f"{layer.name}: the sum over the ranks differs from the source's block by "
-                    f"{error:.1e} of its largest value"
+                    f"{error:.1e}; its largest value is {largest:.1e}"
                 )
 
     def _half(self, axis: Axis, x: Tensor, rank: int | None) -> Tensor:

@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +66,7 @@ class Parts:
         """Close a file that was left in the middle."""
         if self._current is not None:
             self._current.close()
+            self._current = None
 
 
 class _Part:
@@ -87,9 +88,10 @@ class _Part:
 
         expected, spec = self._expected.pop()
         data = tensor.detach().cpu().contiguous()
+        octets = data.as_strided((data.numel(),), (1,)).view(torch.uint8)
         if (name, tuple(data.shape), data.nbytes) != (expected, spec.shape, spec.nbytes):
             raise AssertionError(f"{name} {tuple(data.shape)} written where {expected} was due")
-        self._append(data.reshape(-1).view(torch.uint8).numpy().data)
+        self._append(octets.numpy().data)
 
     def _append(self, data: bytes | memoryview) -> None:
         self._hash.update(data)
@@ -125,7 +127,7 @@ def checksum(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def check_free(out: Path, overwrite: bool, needed: int, source: Path) -> None:
@@ -182,7 +184,11 @@ def _foreign(path: Path) -> Path | None:
         listed = {*listed_files(read_manifest(path)), MANIFEST, "README.md"}
     except TpgptqError:
         return path / MANIFEST
-    files = (child for child in path.rglob("*") if child.is_symlink() or not child.is_dir())
+    files = (
+        child
+        for child in path.rglob("*")
+        if (child.is_symlink() or not child.is_dir()) and child.parent.name != "__pycache__"
+    )
     return next((file for file in files if str(file.relative_to(path)) not in listed), None)
 
 
@@ -202,7 +208,8 @@ def staging(out: Path, overwrite: bool) -> Iterator[Path]:
         yield stage
         _move(stage, out, overwrite)
     except VerificationError:
-        _move(stage, failed_path(out), overwrite=True)
+        with suppress(OutputError):  # something of somebody else's stands there
+            _move(stage, failed_path(out), overwrite=True)
         raise
     except OSError as error:
         raise _cannot_write(out, error) from error
@@ -217,7 +224,8 @@ def failed_path(out: Path) -> Path:
 
 def _cannot_write(out: Path, error: OSError) -> OutputError:
     return OutputError(
-        f"{out}: can't be written ({error.strerror or error}); nothing was left behind",
+        f"{out}: can't be written ({error.strerror or error}"
+        f"{f': {error.filename}' if error.filename else ''}); nothing was left behind",
         hint="name an output directory that can be written and has room",
     )
 
@@ -230,11 +238,11 @@ def _move(stage: Path, out: Path, overwrite: bool) -> None:
         stage.rename(out)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{out.name}.tpgptq-", dir=out.parent)) / out.name
-    out.rename(old)
     try:
+        out.rename(old)
         stage.rename(out)
     finally:
-        if not out.exists():
+        if old.exists() and not out.exists():
             old.rename(out)
         shutil.rmtree(old.parent, ignore_errors=True)
 

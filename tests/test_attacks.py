@@ -1,0 +1,251 @@
+"""What an attacker found once: damage and oddities that must stay found."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import Result
+from factories import edit_tensors, make_checkpoint
+
+from tpgptq_convert.writer import checksum
+
+Run = Callable[..., Result]
+Tensors = dict[str, torch.Tensor]
+Q0, DOWN = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
+MERGED = "model-00001-of-00001.safetensors"
+
+
+def converted(run: Run, model: Path, out: Path, *options: Any) -> Path:
+    result = run("convert", "--tp", 2, *options, model, out)
+    assert result.exit_code == 0, result.output
+    return out
+
+
+def refresh(out: Path) -> None:
+    manifest = json.loads((out / "tpgptq.json").read_text())
+    for group in manifest["files"].values():
+        for files in group if isinstance(group, list) else [group]:
+            files.update({name: checksum(out / name) for name in files})
+    (out / "tpgptq.json").write_text(json.dumps(manifest))
+
+
+def refused(result: Result, *expected: str, code: int = 1) -> None:
+    assert result.exit_code == code, result.output
+    assert "Traceback" not in result.output
+    assert all(
+        line.startswith(("Error: ", "Hint: ", "Note: ")) for line in result.stderr.splitlines()
+    )
+    for text in expected:
+        assert text in result.stderr
+
+
+@pytest.mark.parametrize("layout", ["ranks", "merged"])
+def test_a_failure_in_the_middle_is_told_in_words(
+    tpgptq: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
+) -> None:
+    from tpgptq_convert import writer
+
+    real, calls = writer._Part.write, []
+
+    def fail(*arguments: Any) -> None:
+        calls.append(1)
+        if len(calls) == 9:
+            raise OSError(28, "No space left on device")
+        real(*arguments)
+
+    monkeypatch.setattr(writer._Part, "write", fail)
+    model = make_checkpoint(tmp_path / "m")
+    out = tmp_path / "out"
+    refused(tpgptq("convert", "--tp", 2, "--layout", layout, model, out), "No space left")
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_layer_that_is_all_zero_is_sound(tpgptq: Run, tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "m")
+    edit_tensors(model / "model.safetensors", lambda t: t[f"{DOWN}.scales"].zero_())
+    converted(tpgptq, model, tmp_path / "out")
+
+
+def test_a_bias_may_have_a_dtype_of_its_own(tpgptq: Run, tmp_path: Path) -> None:
+    def widen(t: Tensors) -> None:
+        t.update({name: x.float() for name, x in t.items() if name.endswith(".bias")})
+
+    model = make_checkpoint(tmp_path / "m", model_type="qwen2")
+    edit_tensors(model / "model.safetensors", widen)
+    converted(tpgptq, model, tmp_path / "out")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scales_that_are_not_finite(tpgptq: Run, tmp_path: Path, value: float) -> None:
+    def spoil(t: Tensors) -> None:
+        t[f"{Q0}.scales"][0, 0] = value
+
+    model = make_checkpoint(tmp_path / "m")
+    edit_tensors(model / "model.safetensors", spoil)
+    refused(tpgptq("convert", "--tp", 2, model, tmp_path / "out"), f"{Q0}.scales: holds NaN")
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_foreign_directory_where_a_failed_output_would_go(tpgptq: Run, tmp_path: Path) -> None:
+    from tpgptq_convert import convert as module
+
+    model = make_checkpoint(tmp_path / "m")
+    (tmp_path / "out.failed").write_text("mine")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "verify", lambda *_: ["everything is wrong"])
+        refused(
+            tpgptq("convert", "--tp", 2, model, tmp_path / "out"), "everything is wrong", code=3
+        )
+    assert (tmp_path / "out.failed").read_text() == "mine"
+
+
+def test_an_output_that_was_imported_from_can_be_replaced(tpgptq: Run, tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "m")
+    out = converted(tpgptq, model, tmp_path / "out")
+    (out / "__pycache__").mkdir()
+    (out / "__pycache__" / "tpgptq_runtime.cpython-311.pyc").write_bytes(b"")
+    converted(tpgptq, model, out, "--overwrite")
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "intermediate_size", "head_dim"])
+@pytest.mark.parametrize("value", [10**9, 10**30])
+def test_sizes_beyond_reason(tpgptq: Run, tmp_path: Path, key: str, value: int) -> None:
+    model = make_checkpoint(tmp_path / "m", config={key: value})
+    refused(
+        tpgptq("inspect", model), f"config.json: {key} is 1", "must be a positive integer up to"
+    )
+
+
+def test_more_blocks_than_tensors(tpgptq: Run, tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "m", config={"num_hidden_layers": 10**6})
+    refused(tpgptq("inspect", model), "num_hidden_layers is 1000000; the files hold only")
+
+
+def test_a_pipe_in_the_place_of_the_weights(tpgptq: Run, tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "m")
+    (model / "model.safetensors").unlink()
+    os.mkfifo(model / "model.safetensors")
+    refused(tpgptq("inspect", model), "no safetensors file")
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("model.norm.weight", torch.ones(3)),
+        ("model.norm.weight", torch.ones(64, dtype=torch.int32)),
+        ("model.embed_tokens.weight", torch.ones(())),
+        ("model.layers.0.self_attn.q_norm.weight", torch.ones(64)),
+    ],
+)
+def test_shared_tensors_of_a_wrong_kind(
+    tpgptq: Run, tmp_path: Path, name: str, tensor: torch.Tensor
+) -> None:
+    model = make_checkpoint(tmp_path / "m", model_type="qwen3")
+    edit_tensors(model / "model.safetensors", lambda t: t.update({name: tensor}))
+    refused(tpgptq("inspect", model), f"{name}: is ", "must be F16 or BF16 or F32")
+
+
+def test_one_group_and_eight_columns(tpgptq: Run, tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "m", heads=2, kv_heads=1, head_dim=8, group_size=64)
+    assert tpgptq("convert", "--tp", 1, model, tmp_path / "out").exit_code == 0
+
+
+def test_odd_values_in_config_json(tpgptq: Run, tmp_path: Path) -> None:
+    odd = {"rope_theta": float("nan"), "x": "\ud800"}
+    model = make_checkpoint(tmp_path / "m", config=odd)
+    (model / "tpgptq_runtime.py").write_text("not ours")
+    out = converted(tpgptq, model, tmp_path / "out")
+    assert "not ours" not in (out / "tpgptq_runtime.py").read_text()
+
+
+def test_names_that_would_break_a_line(tpgptq: Run, tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "m")
+    edit_tensors(model / "model.safetensors", lambda t: t.update({"a\nb\x1b[31m": torch.zeros(1)}))
+    refused(tpgptq("inspect", model), "Error: a\\nb\\x1b[31m: unknown")
+
+
+def test_paths_that_are_too_long(tpgptq: Run, tmp_path: Path) -> None:
+    refused(tpgptq("inspect", tmp_path / ("x" * 300)), "too long")
+    model = make_checkpoint(tmp_path / "m")
+    refused(tpgptq("convert", "--tp", 2, model, tmp_path / ("x" * 300)), "too long")
+
+
+def test_groups_are_not_halved_below_a_multiple_of_8(tpgptq: Run, tmp_path: Path) -> None:
+    model = make_checkpoint(
+        tmp_path / "m", heads=20, kv_heads=2, head_dim=40, intermediate=160, group_size=40
+    )
+    out = converted(tpgptq, model, tmp_path / "out", "--row-group", 16)
+    modules = json.loads((out / "tpgptq.json").read_text())["modules"]
+    assert modules["model.layers.0.self_attn.o_proj"]["group_size"] == 40
+
+
+def longer(t: Tensors) -> None:
+    t[f"{DOWN}.qweight"] = torch.cat([t[f"{DOWN}.qweight"], t[f"{DOWN}.qweight"][:1]])
+
+
+def scalar(t: Tensors) -> None:
+    t[f"{Q0}.scales"] = torch.ones((), dtype=torch.float16)
+
+
+@pytest.mark.parametrize("damage", [longer, scalar])
+def test_merged_tensors_that_cannot_be_cut(
+    tpgptq: Run, tmp_path: Path, damage: Callable[[Tensors], None]
+) -> None:
+    model = make_checkpoint(tmp_path / "m")
+    out = converted(tpgptq, model, tmp_path / "out", "--layout", "merged")
+    edit_tensors(out / MERGED, damage)
+    refresh(out)
+    refused(tpgptq("verify", model, out), "model.layers.0.", "rank 0: ", code=3)
+
+
+def test_a_merged_index_that_points_elsewhere(tpgptq: Run, tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "m")
+    out = converted(tpgptq, model, tmp_path / "out", "--layout", "merged")
+    (out / "model.safetensors.index.json").write_text('{"weight_map": {"a": "nope"}}')
+    refresh(out)
+    refused(tpgptq("verify", model, out), "weight_map doesn't say", code=3)
+
+
+def test_a_key_added_to_config_json(tpgptq: Run, tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "m")
+    out = converted(tpgptq, model, tmp_path / "out")
+    config = json.loads((out / "config.json").read_text())
+    (out / "config.json").write_text(json.dumps(config | {"rope_theta": 5.0}))
+    refresh(out)
+    refused(tpgptq("verify", model, out), "rope_theta is 5.0; the source doesn't have it", code=3)
+
+
+@pytest.mark.parametrize("vector", [torch.ones(()), torch.ones(0, 4).int(), torch.ones(2, 64)])
+def test_index_vectors_of_a_wrong_kind(tpgptq: Run, tmp_path: Path, vector: torch.Tensor) -> None:
+    model = make_checkpoint(tmp_path / "m")
+    out = converted(tpgptq, model, tmp_path / "out")
+    name = f"{Q0}.rows"
+    edit_tensors(out / "tpgptq-index.safetensors", lambda t: t.update({name: vector}))
+    refresh(out)
+    refused(tpgptq("verify", model, out), f"{Q0}: rank 0: tpgptq-index.safetensors is", code=3)
+
+
+def test_the_runtime_names_what_is_damaged(tpgptq: Run, tmp_path: Path) -> None:
+    from tpgptq_convert.tpgptq_runtime import Checkpoint, FormatError
+
+    model = make_checkpoint(tmp_path / "m")
+    out = converted(tpgptq, model, tmp_path / "out")
+    part = out / "model-rank-0-part-0.safetensors"
+    whole = part.read_bytes()
+    for damaged in (b"", whole[:100], b"\xff" * 200):
+        part.write_bytes(damaged)
+        with pytest.raises(FormatError, match="not a whole safetensors file"):
+            Checkpoint(out).rank(0)
+    part.write_bytes(whole)
+    edit_tensors(part, lambda t: t.pop(f"{Q0}.scales"))
+    with pytest.raises(FormatError, match="q_proj: rank 0 lacks scales"):
+        Checkpoint(out).rank(0)
+    (out / "tpgptq.json").write_text("{")
+    with pytest.raises(FormatError, match="not a JSON object"):
+        Checkpoint(out)
