@@ -71,7 +71,7 @@ def _malformed(manifest: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name}: perm is {stated.get('perm')!r}; must be true or false"
         elif stated["in_features"] % stated["group_size"]:
             yield f"{name}: in_features must be a multiple of group_size"
-    for key in ("heads", "intermediate"):
+    for key in ("source", "heads", "intermediate"):
         if not isinstance(manifest.get(key), dict):
             yield f"{key} is {manifest.get(key)!r}; must be an object"
 

@@ -105,17 +105,15 @@ def _check_manifest(
         yield (
             f"{MANIFEST}: has {len(modules)} layers, {len(names & set(modules))} of them among the "
             f"{len(names)} of {checkpoint.name}; the output says that it was made from "
-            f"{manifest.get('source', {}).get('name')!r}"
+            f"{manifest['source'].get('name')!r}"
         )
         return
     width = geometry.intermediate
     for layer in checkpoint.layers:
-        module = modules.get(layer.name, {})
-        if module and module.get("parallel") != layer.linear.parallel:
-            yield f"{layer.name}: parallel is {module.get('parallel')!r}; must be " + (
-                f"{layer.linear.parallel!r}"
-            )
-        if module and layer.linear.reads is Axis.MLP:
+        module, parallel = modules[layer.name], layer.linear.parallel
+        if module["parallel"] != parallel:
+            yield f"{layer.name}: parallel is {module['parallel']!r}; must be {parallel!r}"
+        if layer.linear.reads is Axis.MLP:
             width = tp * module["in_features"]
     same = {
         "bits": quant.bits,
