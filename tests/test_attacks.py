@@ -122,6 +122,11 @@ def test_sizes_beyond_reason(tpgptq: Run, tmp_path: Path, key: str, value: int) 
     )
 
 
+def test_words_are_not_booleans(tpgptq: Run, tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "m", tied=True, config={"tie_word_embeddings": "false"})
+    refused(tpgptq("inspect", model), "lm_head.weight: missing")
+
+
 def test_more_blocks_than_tensors(tpgptq: Run, tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path / "m", config={"num_hidden_layers": 10**6})
     refused(tpgptq("inspect", model), "num_hidden_layers is 1000000; the files hold only")

@@ -96,7 +96,7 @@ def read_checkpoint(directory: Path) -> Checkpoint:
         [reader.layer(block, linear) for linear in family.linears]
         for block in range(geometry.blocks)
     ]
-    shared = reader.shared_tensors(tied=bool(config.get("tie_word_embeddings")))
+    shared = reader.shared_tensors(tied=config.get("tie_word_embeddings") is True)
     if reader.problems:
         raise CheckpointError(*reader.problems, hint=reader.hint)
     layers = tuple(tuple(layer for layer in block if layer) for block in blocks)

@@ -66,7 +66,9 @@ class Family:
 
     def biased(self, config: Mapping[str, Any]) -> frozenset[str]:
         """Names of the layers that have a bias under this config.json."""
-        on = (names for key, names in self.biases.items() if key == ALWAYS or config.get(key))
+        on = (
+            names for key, names in self.biases.items() if key == ALWAYS or config.get(key) is True
+        )
         return frozenset(name for names in on for name in names)
 
     def geometry(self, config: dict[str, Any]) -> Geometry:
