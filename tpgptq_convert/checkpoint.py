@@ -64,6 +64,11 @@ class Checkpoint:
         return tuple(layer for block in self.blocks for layer in block)
 
     @property
+    def shared_specs(self) -> dict[str, TensorSpec]:
+        """Dtype and shape of each shared tensor."""
+        return {name: spec for name in self.shared if (spec := self.source.spec(name))}
+
+    @property
     def name(self) -> str:
         """The directory's name: no path of the machine stands in an output."""
         return self.source.directory.resolve().name

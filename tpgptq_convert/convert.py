@@ -126,9 +126,8 @@ def convert(
 
 def output_bytes(plan: Plan) -> int:
     """Bytes of the weights in the output of one plan."""
-    source = plan.checkpoint.source
-    shared = sum(spec.nbytes for name in plan.checkpoint.shared if (spec := source.spec(name)))
-    return plan.rank_bytes * plan.tp + shared
+    shared = plan.checkpoint.shared_specs.values()
+    return plan.rank_bytes * plan.tp + sum(spec.nbytes for spec in shared)
 
 
 def _repack(
@@ -184,8 +183,7 @@ class _Output:
 
     def _shared_specs(self) -> dict[str, TensorSpec]:
         """Largest elements first, so that every tensor lies aligned."""
-        source = self.plan.checkpoint.source
-        specs = {name: spec for name in self.plan.checkpoint.shared if (spec := source.spec(name))}
+        specs = self.plan.checkpoint.shared_specs
         return dict(sorted(specs.items(), key=lambda kv: -DTYPES[kv[1].dtype].itemsize))
 
     def cut(self, index: int) -> dict[str, Sequence[Shard]]:
@@ -205,15 +203,16 @@ class _Output:
     def write(self, layer: Layer, repacked: Sequence[Mapping[str, torch.Tensor]]) -> None:
         """Append a layer's tensors to every file."""
         plan, size = self.plan, self.plan.sizes[layer.linear.name]
+        parts = plan.tensors(layer)
         for stream, tensors in zip(self._streams, repacked, strict=True):
-            for part in plan.tensors(layer):
+            for part in parts:
                 stream.write(f"{layer.name}.{part}", tensors[part])
         self._modules[layer.name] = {
             "parallel": layer.linear.parallel,
             "in_features": size.in_features,
             "out_features": size.out_features,
             "group_size": size.group_size,
-            "perm": plan.has_perm(layer),
+            "perm": "perm" in parts,
         }
 
     def close(self) -> None:

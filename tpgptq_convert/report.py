@@ -15,8 +15,7 @@ from tpgptq_convert.plan import Plan, legal_degrees
 def describe(checkpoint: Checkpoint, plans: Sequence[Plan]) -> dict[str, Any]:
     """Everything that is known without reading a weight, ready for JSON."""
     geometry, quant = checkpoint.geometry, checkpoint.quant
-    source = checkpoint.source
-    shared = sum(spec.nbytes for name in checkpoint.shared if (spec := source.spec(name)))
+    shared = sum(spec.nbytes for spec in checkpoint.shared_specs.values())
     layers = []
     for linear in checkpoint.family.linears:
         of_kind = checkpoint.layers_of(linear)

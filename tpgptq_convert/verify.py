@@ -10,6 +10,7 @@ Two proofs, each from the stored shards, their perms and the manifest alone:
 
 from __future__ import annotations
 
+import filecmp
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -184,7 +185,7 @@ def _check_carried(checkpoint: Checkpoint, out: Path) -> Iterator[str]:
     for path in checkpoint.source.carried_files():
         if not (out / path).is_file():
             yield f"{path}: missing; the source has it"
-        elif checksum(out / path) != checksum(checkpoint.source.directory / path):
+        elif not filecmp.cmp(out / path, checkpoint.source.directory / path, shallow=False):
             yield f"{path}: differs from the source's"
 
 
