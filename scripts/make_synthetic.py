@@ -2,7 +2,8 @@
 
 The weights are random 4-bit values with scales that keep the model finite; it writes nonsense. The
 rest is as in real desc_act checkpoints: every group has group_size rows, layers that share an
-input share one order of rows, and the rows of o_proj cluster by head. There is no tokenizer.
+input share one order of rows, and the rows of o_proj cluster by head. There is no tokenizer. With
+--plain it is a desc_act: false checkpoint instead, whose groups are consecutive rows.
 One tensor at a time is in memory; the same options and torch release give the same bytes.
 
 Usage:
@@ -86,8 +87,10 @@ PRESETS = {
 class Maker:
     """Names, specs and contents of a checkpoint's tensors, in the order of its files."""
 
-    def __init__(self, shape: Shape, group_size: int, asym: bool, seed: int) -> None:
-        self.shape, self.group_size, self.asym = shape, group_size, asym
+    def __init__(
+        self, shape: Shape, group_size: int, asym: bool, plain: bool, seed: int
+    ) -> None:
+        self.shape, self.group_size, self.asym, self.plain = shape, group_size, asym, plain
         self.family = FAMILIES[shape.model_type]
         self.biased = self.family.biased({})
         self.rng = torch.Generator().manual_seed(seed)
@@ -144,7 +147,9 @@ class Maker:
             yield "bias", TensorSpec("F16", (n,)), lambda: self._uniform((n,), 0.1)
 
     def _order(self, k: int, axis: Axis) -> Tensor:
-        """Rows by falling activation energy."""
+        """Rows by falling activation energy, or as they stand."""
+        if self.plain:
+            return torch.arange(k)
         energy = torch.randn(k, generator=self.rng)
         if axis is Axis.QUERY:
             heads = torch.randn(self.shape.heads, generator=self.rng)
@@ -210,13 +215,13 @@ def model_config(shape: Shape, quant: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def quantize_config(group_size: int, asym: bool) -> dict[str, Any]:
+def quantize_config(group_size: int, asym: bool, plain: bool) -> dict[str, Any]:
     """quantize_config.json as AutoGPTQ writes it."""
     return {
         "bits": BITS,
         "group_size": group_size,
         "damp_percent": 0.01,
-        "desc_act": True,
+        "desc_act": not plain,
         "static_groups": False,
         "sym": not asym,
         "true_sequential": True,
@@ -237,6 +242,7 @@ def parse_args() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser.add_argument("--model-type", choices=ARCHITECTURES, help="default: llama")
     parser.add_argument("--group-size", type=int, default=128, help="-1: one group a column")
     parser.add_argument("--asym", action="store_true", help="random zero points")
+    parser.add_argument("--plain", action="store_true", help="desc_act: false")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--max-shard-size", type=int, default=5 * 10**9, help="bytes")
     return parser, parser.parse_args()
@@ -269,10 +275,10 @@ def main() -> None:
         parser.error(f"{args.out} exists")
     args.out.mkdir(parents=True)
     started = time.monotonic()
-    quant = quantize_config(args.group_size, args.asym)
+    quant = quantize_config(args.group_size, args.asym, args.plain)
     write_json(args.out / "config.json", model_config(shape, quant))
     write_json(args.out / "quantize_config.json", quant)
-    maker = Maker(shape, args.group_size, args.asym, args.seed)
+    maker = Maker(shape, args.group_size, args.asym, args.plain, args.seed)
     size = write_weights(args.out, maker, args.max_shard_size)
     seconds = time.monotonic() - started
     print(f"{args.out}: {size / 1e9:.3f} GB in {seconds:.1f} s")

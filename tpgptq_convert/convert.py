@@ -19,7 +19,7 @@ from safetensors.numpy import save
 from tpgptq_convert.card import model_card
 from tpgptq_convert.checkpoint import Checkpoint, IntArray, Layer
 from tpgptq_convert.errors import CheckpointError, VerificationError
-from tpgptq_convert.manifest import FORMAT_VERSION, INDEX, LAYOUTS, MANIFEST
+from tpgptq_convert.manifest import FORMAT_VERSION, INDEX, LAYOUTS, MANIFEST, WEIGHTS_INDEX
 from tpgptq_convert.plan import ROW_GROUPS, Plan, Shard, check_zero_points
 from tpgptq_convert.repack import Packed, in_order, repack, workers
 from tpgptq_convert.source import DTYPES, TensorSpec
@@ -231,15 +231,15 @@ class _Output:
             shutil.copyfile(source.directory / path, self.directory / path)
         shutil.copyfile(RUNTIME, self.directory / RUNTIME.name)
         write_json(self.directory / "config.json", self._config(sym))
+        write_json(
+            self.directory / WEIGHTS_INDEX,
+            {
+                "metadata": {"total_size": self._shared.total_size},
+                "weight_map": dict(sorted(self._shared.weight_map.items())),
+            },
+        )
         if self.options.layout == "merged":
             weights: dict[str, Any] = {"merged": self._shared.files}
-            write_json(
-                self.directory / "model.safetensors.index.json",
-                {
-                    "metadata": {"total_size": self._shared.total_size},
-                    "weight_map": dict(sorted(self._shared.weight_map.items())),
-                },
-            )
         else:
             ranks = [stream.files for stream in self._streams]
             weights = {"shared": self._shared.files, "ranks": ranks}

@@ -9,7 +9,7 @@ class TpgptqError(Exception):
     exit_code = 1
 
     def __init__(self, *problems: str, hint: str) -> None:
-        super().__init__("\n".join(problems))
+        super().__init__("\n".join([*problems, f"Hint: {hint}"]))
         self.problems = problems
         self.hint = hint
 

@@ -12,6 +12,8 @@ from tpgptq_convert.source import read_json
 FORMAT_VERSION = 1
 MANIFEST = "tpgptq.json"
 INDEX = "tpgptq-index.safetensors"
+# The weights that loaders of plain checkpoints read: all, or in layout ranks the shared ones.
+WEIGHTS_INDEX = "model.safetensors.index.json"
 LAYOUTS = ("ranks", "merged")
 
 

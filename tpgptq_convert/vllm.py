@@ -1,0 +1,446 @@
+"""The vLLM plugin: serves an output of `tpgptq convert` on vLLM's own kernels.
+
+vLLM finds `register` through the entry point group vllm.general_plugins and calls it in each of its
+processes. It adds the quantisation method "tpgptq" that the output's config.json names. Layers get
+parameters of the shard's own sizes; once loaded, each becomes one part (or several, where fused
+layers gather their input differently) on the kernel that vLLM chooses for it.
+
+A merged output is read by vLLM's default loader, which slices it. Of an output in ranks that loader
+is shown the shared files alone, by model.safetensors.index.json; each worker reads its own rank's
+shards itself.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping, Sequence
+from functools import cache
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.kernels.linear import (
+    MPLinearKernel,
+    MPLinearLayerConfig,
+    choose_mp_linear_kernel,
+)
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    UnquantizedLinearMethod,
+    register_weight_loader_v2_supported_method,
+)
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
+from vllm.model_executor.parameter import (
+    BasevLLMParameter,
+    GroupQuantScaleParameter,
+    PackedvLLMParameter,
+)
+from vllm.platforms import current_platform
+from vllm.scalar_type import scalar_types
+
+from tpgptq_convert.errors import DegreeError, OutputError
+from tpgptq_convert.manifest import (
+    FORMAT_VERSION,
+    MANIFEST,
+    WEIGHTS_INDEX,
+    read_manifest,
+    weight_files,
+)
+from tpgptq_convert.repack import pack_cols, unpack_cols, zero_points
+from tpgptq_convert.tpgptq_runtime import Checkpoint
+from tpgptq_convert.writer import checksum
+
+logger = init_logger("vllm.tpgptq")
+
+METHOD = "tpgptq"
+CHECKSUMS = "TPGPTQ_CHECKSUMS"  # set to 1: files are compared with the manifest's checksums
+KERNEL_GROUPS = (128, 64, 32)  # what vLLM's kernels take, but for one group per column
+BITS, PACK = 4, 8  # PACK values in an int32
+
+
+def register() -> None:
+    """Called by vLLM in every process; importing this module has registered the method."""
+    if current_platform.is_cpu() and torch.cpu._is_amx_tile_supported():
+        # vLLM's bfloat16 kernel uses AMX tiles, for which nothing in vLLM asks the system.
+        torch.cpu._init_amx()
+
+
+def layer_config(**stated: Any) -> MPLinearLayerConfig:
+    """What vLLM chooses a kernel by: the one place that knows how vLLM's versions differ.
+
+    Up to 0.29 it must be told that the layer is not act-ordered; later ones don't ask.
+    """
+    known = {field.name for field in dataclasses.fields(MPLinearLayerConfig)}
+    return MPLinearLayerConfig(**stated, **({"has_g_idx": False} if "has_g_idx" in known else {}))
+
+
+class Output:
+    """An output as one process of vLLM sees it."""
+
+    def __init__(self, model: str, revision: str | None) -> None:
+        self.model, self.revision = model, revision
+        self.local = Path(model).is_dir()
+        directory = self.find(MANIFEST).parent
+        self.manifest = read_manifest(directory)
+        self.checkpoint = Checkpoint(directory)
+        self.tp: int = self.manifest["tp"]
+        self.modules: Mapping[str, Any] = self.manifest["modules"]
+        self.in_ranks = self.manifest["layout"] == "ranks"
+        self.tensors = cache(self.checkpoint.rank)  # of one rank: module -> part -> tensor
+        self.check_files = cache(self._check_files)
+
+    def find(self, name: str) -> Path:
+        """A file of the output, in its directory or in the Hub's cache."""
+        if self.local:
+            return Path(self.model, name)
+        where = get_current_vllm_config().load_config.download_dir
+        return Path(hf_hub_download(self.model, name, revision=self.revision, cache_dir=where))
+
+    def shards(self, rank: int, degree: int) -> range:
+        """The consecutive shards that one of `degree` ranks takes; raises DegreeError."""
+        if self.tp % degree:
+            fitting = [str(tp) for tp in range(1, self.tp + 1) if self.tp % tp == 0]
+            raise DegreeError(
+                f"{self.model}: was written for tp {self.tp}, and --tensor-parallel-size is "
+                f"{degree}; must be {' or '.join(fitting)}",
+                hint=f"convert again with --tp {degree}",
+            )
+        return range(rank * self.tp // degree, (rank + 1) * self.tp // degree)
+
+    def _check_files(self, shards: range) -> None:
+        """The files of these shards are there and of the size, and if asked the sum, stated."""
+        problems = []
+        for rank, files in weight_files(self.manifest):
+            for name, stated in files.items() if rank is None or rank in shards else ():
+                path = self.find(name)
+                if not path.is_file():
+                    problems.append(f"{path}: missing; {MANIFEST} lists it")
+                elif path.stat().st_size != stated.get("bytes"):
+                    problems.append(
+                        f"{path}: has {path.stat().st_size} bytes; must have {stated.get('bytes')}"
+                    )
+                elif os.environ.get(CHECKSUMS) == "1" and checksum(path) != stated:
+                    problems.append(f"{path}: its sha256 is not the one that {MANIFEST} states")
+        if self.in_ranks and not self.find(WEIGHTS_INDEX).is_file():
+            problems.append(
+                f"{self.find(WEIGHTS_INDEX)}: missing; must list the shared files for vLLM's loader"
+            )
+        if problems:
+            raise OutputError(*problems, hint="fetch the files again, or convert again")
+
+
+open_output = cache(Output)
+
+
+@register_quantization_config(METHOD)
+class TpgptqConfig(QuantizationConfig):  # type: ignore[misc]
+    """The quantisation config of an output."""
+
+    def __init__(self, stated: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.stated = dict(stated)
+        self.model, self.revision = "", None
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.stated})"
+
+    def get_name(self) -> str:
+        return METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        return [torch.float16, torch.bfloat16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        return 75
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> TpgptqConfig:
+        version = config.get("format_version")
+        if version != FORMAT_VERSION:
+            raise OutputError(
+                f"config.json: format_version of quant_method tpgptq is {version!r}; "
+                f"must be {FORMAT_VERSION}",
+                hint="use the version of tpgptq-convert that wrote it, or convert again",
+            )
+        return cls(config)
+
+    def maybe_update_config(
+        self, model_name: str, hf_config: Any = None, revision: str | None = None
+    ) -> None:
+        """vLLM says which model this is; up to 0.26 not which revision, which its config knows."""
+        self.model = model_name
+        self.revision = revision or getattr(hf_config, "_commit_hash", None)
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
+        if not isinstance(layer, LinearBase):
+            return None
+        output = open_output(self.model, self.revision)
+        # vLLM fuses layers: qkv_proj is q_proj, k_proj and v_proj of the output.
+        parent, _, leaf = prefix.rpartition(".")
+        names = [f"{parent}.{name}" for name in self.packed_modules_mapping.get(leaf, [leaf])]
+        lacking = [name for name in names if name not in output.modules]
+        if lacking == names:
+            return UnquantizedLinearMethod()
+        if lacking:
+            raise OutputError(
+                f"{output.model}: {', '.join(lacking)} is not in {MANIFEST}; must be, since "
+                f"vLLM fuses {', '.join(names)}",
+                hint="convert again",
+            )
+        return TpgptqLinearMethod(output, names)
+
+
+class PermParameter(BasevLLMParameter):  # type: ignore[misc]
+    """perm of each fused layer, (layers, K)."""
+
+    offsets: Sequence[int]  # first column of each of them
+
+    def load_column_parallel_weight(self, loaded_weight: Tensor) -> None:
+        self.data[0].copy_(loaded_weight)
+
+    def load_row_parallel_weight(self, loaded_weight: Tensor) -> None:
+        size = self.data.shape[1]
+        self.data[0].copy_(loaded_weight.narrow(0, self.tp_rank * size, size))
+
+    def load_merged_column_weight(self, loaded_weight: Tensor, **where: Any) -> None:
+        self.data[self.offsets.index(where["shard_offset"])].copy_(loaded_weight)
+
+    def load_qkv_weight(self, loaded_weight: Tensor, **where: Any) -> None:
+        self.load_merged_column_weight(loaded_weight, **where)
+
+
+@register_weight_loader_v2_supported_method
+class TpgptqLinearMethod(LinearMethodBase):  # type: ignore[misc]
+    """One linear layer of vLLM: one of the output's, or several that vLLM fuses."""
+
+    def __init__(self, output: Output, names: Sequence[str]) -> None:
+        self.output, self.names = output, names
+        self.modules = [output.modules[name] for name in names]
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: Sequence[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra: Any,
+    ) -> None:
+        """Register parameters of this rank's sizes, as the output stores them."""
+        self.shards = self.output.shards(layer.tp_rank, layer.tp_size)
+        self.output.check_files(self.shards)
+        first = self.modules[0]
+        self.row = first["parallel"] == "row"
+        self.degree, self.dtype = layer.tp_size, params_dtype
+        self.inputs, self.widths = input_size_per_partition, output_partition_sizes
+        self.offsets = [0, *accumulate(self.widths)][:-1]
+        self.rows = first["in_features"] * (len(self.shards) if self.row else 1)
+        self._check_sizes()
+        k, n, groups = self.rows, sum(self.widths), self.rows // first["group_size"]
+        self._choose_kernel(n)  # fail before anything is read
+
+        loader = extra["weight_loader"]
+        layer.qweight = _packed(torch.empty(k // PACK, n, dtype=torch.int32), 0, loader)
+        layer.qzeros = _packed(torch.empty(groups, n // PACK, dtype=torch.int32), 1, loader)
+        # NaN and -1: what never arrives is noticed.
+        scales = torch.full((groups, n), torch.nan, dtype=params_dtype)
+        layer.scales = _scales(scales, loader)
+        if any(module["perm"] for module in self.modules):
+            perm = torch.arange(k, dtype=torch.int32).repeat(len(self.modules), 1)
+            perm[[module["perm"] for module in self.modules]] = -1
+            layer.perm = PermParameter(data=perm, weight_loader=loader)
+            layer.perm.offsets = self.offsets
+
+    def _check_sizes(self) -> None:
+        """Raise OutputError if manifest and vLLM disagree about the layer's sizes."""
+        first = self.modules[0]
+        problems = [
+            f"{name}: its {key} is {module[key]} and that of {self.names[0]} {first[key]}; must be "
+            "the same, since vLLM fuses them"
+            for name, module in zip(self.names, self.modules, strict=True)
+            for key in ("parallel", "in_features", "group_size")
+            if module[key] != first[key]
+        ]
+        problems += [
+            f"{name}: {MANIFEST} says {module['out_features']} columns per shard, config.json "
+            f"{width} per rank; must fit"
+            for name, module, width in zip(self.names, self.modules, self.widths, strict=True)
+            if width % module["out_features"]
+        ]
+        if self.rows != self.inputs and not all(module["perm"] for module in self.modules):
+            problems.append(
+                f"{self.names[0]}: {MANIFEST} says {self.rows} rows per rank, config.json "
+                f"{self.inputs}; must be the same"
+            )
+        if problems:
+            raise OutputError(*problems, hint=f"is {self.output.model} damaged? Convert again")
+
+    def _choose_kernel(self, n: int) -> tuple[type[MPLinearKernel], MPLinearLayerConfig]:
+        """vLLM's kernel for n of the columns; raises OutputError if there is none."""
+        sym: bool = self.output.manifest["sym"]
+        config = layer_config(
+            full_weight_shape=(
+                self.rows * (self.degree if self.row else 1),
+                n * (1 if self.row else self.degree),
+            ),
+            partition_weight_shape=(self.rows, n),
+            weight_type=scalar_types.uint4b8 if sym else scalar_types.uint4,
+            act_type=self.dtype,
+            group_size=self._kernel_group(),
+            zero_points=not sym,
+        )
+        try:
+            kernel = choose_mp_linear_kernel(config)
+        except ValueError as error:
+            raise OutputError(
+                f"{', '.join(self.names)}: no kernel of this vLLM takes {self.rows} x {n} weights "
+                f"{'without' if sym else 'with'} zero points in groups of "
+                f"{self.modules[0]['group_size']}, in {self.dtype} ({error})",
+                hint="convert with --row-group 32, or serve at another degree",
+            ) from None
+        logger.info_once("Using %s for tpgptq", kernel.__name__)
+        return kernel, config
+
+    def _kernel_group(self) -> int:
+        """The largest group size a kernel takes that divides the stored one; -1 is one group."""
+        stored: int = self.modules[0]["group_size"]
+        if stored == self.rows:
+            return -1
+        return next((size for size in KERNEL_GROUPS if stored % size == 0), stored)
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Turn what was loaded into parts, each on its kernel."""
+        if self.output.in_ranks:
+            self._read(layer)
+        perms = self._perms(layer)
+        if layer.scales.isnan().any():
+            raise self._damaged("scales are missing, or hold NaN; all must be there, and finite")
+        layer.parts = nn.ModuleList()
+        start = 0
+        for i, (offset, width) in enumerate(zip(self.offsets, self.widths, strict=True)):
+            end = offset + width
+            if i + 1 == len(perms) or not _same(perms[i], perms[i + 1]):
+                layer.parts.append(self._part(layer, slice(start, end), perms[i]))
+                start = end
+        for name in ("qweight", "qzeros", "scales", "perm"):
+            if hasattr(layer, name):
+                delattr(layer, name)
+
+    def _read(self, layer: nn.Module) -> None:
+        """Fill the parameters from the files of this rank's shards."""
+        columns = sum(self.widths)
+        fused = zip(self.names, self.modules, self.offsets, self.widths, strict=True)
+        for index, (name, module, offset, width) in enumerate(fused):
+            shards = [self.output.tensors(rank)[name] for rank in self.shards]
+            if not self.row:  # kv heads that several shards share stand in the layer once
+                shards = shards[:: len(shards) * module["out_features"] // width]
+            for part in shards[0]:
+                target = getattr(layer, part).data
+                if part == "perm" and not self.row:
+                    target[index].copy_(shards[0][part])
+                    continue
+                stored = torch.cat([shard[part] for shard in shards], 0 if self.row else -1)
+                if part == "perm":
+                    target[index].copy_(stored)
+                else:
+                    first, size = (n * target.shape[-1] // columns for n in (offset, width))
+                    target.narrow(-1, first, size).copy_(stored)
+
+    def _perms(self, layer: nn.Module) -> list[Tensor | None]:
+        """Which element of the rank's input feeds each row, for each fused layer; None: its own."""
+        if not hasattr(layer, "perm"):
+            return [None] * len(self.names)
+        perms = layer.perm.data
+        inputs = self.inputs
+        if self.row:  # each shard counts in its own part of the input
+            inputs //= len(self.shards)
+        if int(perms.min()) < 0 or int(perms.max()) >= inputs:
+            raise self._damaged(f"perm is missing, or not within 0 to {inputs - 1}")
+        if self.row:
+            shard = torch.arange(len(self.shards), dtype=perms.dtype, device=perms.device)
+            perms = perms + inputs * shard.repeat_interleave(self.rows // len(self.shards))
+        own = torch.arange(self.rows, dtype=perms.dtype, device=perms.device)
+        identity = self.rows == self.inputs
+        return [None if identity and torch.equal(perm, own) else perm for perm in perms]
+
+    def _damaged(self, problem: str) -> OutputError:
+        return OutputError(
+            f"{self.output.model}: {', '.join(self.names)}: {problem}",
+            hint=f"check it: tpgptq verify MODEL {self.output.model}",
+        )
+
+    def _part(self, layer: nn.Module, cols: slice, perm: Tensor | None) -> nn.Module:
+        """Some columns of a layer, ready to run on vLLM's kernel."""
+        part = nn.Module()
+        part.register_buffer("perm", None if perm is None else perm.clone(), persistent=False)
+        kernel, config = self._choose_kernel(cols.stop - cols.start)
+        loader = layer.qweight.weight_loader
+        repeats = 1 if config.group_size == -1 else self.modules[0]["group_size"] // config.group_size
+        part.qweight = _packed(layer.qweight.data[:, cols].contiguous(), 0, loader)
+        part.scales = _scales(layer.scales.data[:, cols].repeat_interleave(repeats, 0), loader)
+        part.qzeros = None
+        if config.zero_points:
+            words = layer.qzeros.data[:, cols.start // PACK : cols.stop // PACK]
+            zeros = zero_points(unpack_cols(words, BITS), self.output.manifest["checkpoint_format"])
+            if int(zeros.max()) >= 1 << BITS:
+                raise OutputError(
+                    f"{', '.join(self.names)}: has zero points of {1 << BITS}; must be less for "
+                    "vLLM's kernels",
+                    hint="serve it with tpgptq_runtime.py, which lies in the output",
+                )
+            packed = pack_cols(zeros.to(torch.uint8), BITS).repeat_interleave(repeats, 0)
+            part.qzeros = _packed(packed.T.contiguous(), 0, loader, input_dim=1)
+        bias = None if layer.bias is None else nn.Parameter(layer.bias.data[cols].clone(), False)
+        part.register_parameter("bias", bias)
+        part.kernel = kernel(
+            config, w_q_param_name="qweight", w_s_param_name="scales", w_zp_param_name="qzeros"
+        )
+        part.kernel.process_weights_after_loading(part)
+        return part
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x (..., inputs) -> (..., columns) of this rank."""
+        outs = [
+            part.kernel.apply_weights(
+                part,
+                x if part.perm is None else x.index_select(-1, part.perm),
+                None if bias is None else part.bias,
+            )
+            for part in layer.parts
+        ]
+        return outs[0] if len(outs) == 1 else torch.cat(outs, -1)
+
+
+def _same(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b if a is None or b is None else torch.equal(a, b)
+
+
+def _packed(
+    words: Tensor, packed_dim: int, loader: Any, input_dim: int = 0
+) -> PackedvLLMParameter:
+    return PackedvLLMParameter(
+        data=words,
+        input_dim=input_dim,
+        output_dim=1 - input_dim,
+        packed_dim=packed_dim,
+        packed_factor=PACK,
+        weight_loader=loader,
+    )
+
+
+def _scales(scales: Tensor, loader: Any) -> GroupQuantScaleParameter:
+    return GroupQuantScaleParameter(data=scales, input_dim=0, output_dim=1, weight_loader=loader)
