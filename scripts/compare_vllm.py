@@ -109,6 +109,7 @@ def engine(out: Path, tp: int, extra: dict[str, Any]) -> dict[str, Any]:
     """vLLM's arguments for a small model."""
     return {
         "model": str(out),
+        "skip_tokenizer_init": not (out / "tokenizer_config.json").exists(),
         "tensor_parallel_size": tp,
         "dtype": "float16",
         "enforce_eager": True,

@@ -87,9 +87,7 @@ PRESETS = {
 class Maker:
     """Names, specs and contents of a checkpoint's tensors, in the order of its files."""
 
-    def __init__(
-        self, shape: Shape, group_size: int, asym: bool, plain: bool, seed: int
-    ) -> None:
+    def __init__(self, shape: Shape, group_size: int, asym: bool, plain: bool, seed: int) -> None:
         self.shape, self.group_size, self.asym, self.plain = shape, group_size, asym, plain
         self.family = FAMILIES[shape.model_type]
         self.biased = self.family.biased({})

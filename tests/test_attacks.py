@@ -39,7 +39,8 @@ def refused(result: Result, *expected: str, code: int = 1) -> None:
     assert result.exit_code == code, result.output
     assert "Traceback" not in result.output
     assert all(
-        line.startswith(("Error: ", "Hint: ", "Note: ")) for line in result.stderr.splitlines()
+        line.startswith(("Error: ", "Hint: ", "Note: ", "Damaged: "))
+        for line in result.stderr.splitlines()
     )
     for text in expected:
         assert text in result.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -44,6 +45,26 @@ def test_inspect_json_agrees_with_the_table(tpgptq: Run, tiny: Path) -> None:
     assert report["degrees"][0]["growth"] == 1
     only = json.loads(tpgptq("inspect", "--json", "--tp", 2, tiny).stdout)
     assert only["degrees"] == [report["degrees"][1]]
+
+
+@pytest.mark.parametrize("files", [["config.json"], ["config.json", "quantize_config.json"]])
+def test_a_config_that_denies_act_order_is_damage(
+    tpgptq: Run, tiny: Path, tmp_path: Path, files: list[str]
+) -> None:
+    """vLLM believes config.json alone; the conversion is of the tensors, whatever is said."""
+    model = shutil.copytree(tiny, tmp_path / "model")
+    for name in files:
+        text = (model / name).read_text()
+        (model / name).write_text(text.replace('"desc_act": true', '"desc_act": false'))
+    shown = tpgptq("inspect", model)
+    assert shown.exit_code == 0
+    assert "desc_act: false, but 28 of 28 layers have a g_idx that is not seq" in shown.stdout
+    (line,) = [line for line in shown.stdout.splitlines() if line.startswith("Damaged: ")]
+    assert all(name in line for name in files)
+    assert json.loads(tpgptq("inspect", "--json", model).stdout)["damage"] == [line[9:]]
+    converted = tpgptq("convert", "--tp", 2, model, tmp_path / "out")
+    assert converted.exit_code == 0
+    assert line in converted.stderr
 
 
 @pytest.mark.parametrize("command", [["--help"], ["convert", "--help"], ["inspect"]])

@@ -92,6 +92,7 @@ def make_model(
         geometry=geometry,
         blocks=tuple(all_layers),
         shared=(),
+        damage=(),
         notes=(),
     )
     return Model(checkpoint, all_tensors)

@@ -20,14 +20,20 @@ activations; `tpgptq-index.safetensors` says where each of them came from.
 
 {files}
 
-Load it with the module in this directory, which needs torch (and transformers for the model):
+Serve it with vLLM, in the environment of which `pip install tpgptq-convert` was run:
+
+```
+vllm serve . --tensor-parallel-size {tp}
+```
+
+or run it with the module in this directory, which needs torch (and transformers for the model):
 
 ```
 torchrun --nproc-per-node {tp} tpgptq_runtime.py --prompt "Once upon a time"
 ```
 
 Engines that know plain GPTQ alone must not load it: they would ignore `perm`, and the group size of
-attention's output layer. It runs at tensor-parallel degree {tp} only. A LoRA adapter of the MLP,
+attention's output layer. It runs at tensor-parallel degree {tp}. A LoRA adapter of the MLP,
 made for the source, must be permuted along with the channels: `mlp.*.rows` and `mlp.*.cols` of the
 index file say how.
 """

@@ -57,6 +57,7 @@ class Checkpoint:
     geometry: Geometry
     blocks: tuple[tuple[Layer, ...], ...]
     shared: tuple[str, ...]  # tensors that no rank owns alone, copied as they are
+    damage: tuple[str, ...]  # faults that the conversion mends, and other readers fall for
     notes: tuple[str, ...]  # what a person should know
 
     @property
@@ -113,6 +114,7 @@ def read_checkpoint(directory: Path) -> Checkpoint:
         geometry=geometry,
         blocks=layers,
         shared=shared,
+        damage=_damage(quant, layers),
         notes=_notes(quant, layers, reader.zero_biases),
     )
 
@@ -131,17 +133,25 @@ def _all(*steps: Callable[[], Any]) -> list[Any]:
     return results
 
 
+def _damage(quant: QuantConfig, blocks: tuple[tuple[Layer, ...], ...]) -> tuple[str, ...]:
+    layers = [layer for block in blocks for layer in block]
+    ordered = sum(layer.act_order for layer in layers)
+    if not ordered or not quant.denied_in:
+        return ()
+    says = "say" if len(quant.denied_in) > 1 else "says"
+    return (
+        f"{' and '.join(quant.denied_in)} {says} desc_act: false, but {ordered} of {len(layers)} "
+        "layers have a g_idx that is not sequential. Servers that believe it (vLLM 0.30 and later) "
+        "drop g_idx and answer nonsense; the tensors are right, and are what convert goes by",
+    )
+
+
 def _notes(
     quant: QuantConfig, blocks: tuple[tuple[Layer, ...], ...], zero_biases: int
 ) -> tuple[str, ...]:
     layers = [layer for block in blocks for layer in block]
     ordered = sum(layer.act_order for layer in layers)
     notes = []
-    if ordered and not quant.desc_act:
-        notes.append(
-            f"the config says desc_act: false, but {ordered} of {len(layers)} layers have a g_idx "
-            "that is not sequential; the tensors are right"
-        )
     if not ordered and quant.desc_act:
         notes.append(
             "the config says desc_act: true, but every g_idx is sequential: the groups are plain "

@@ -187,6 +187,8 @@ def convert(
         return
     quiet = quiet or as_json
     if not quiet:
+        for damage in checkpoint.damage:
+            click.echo(f"Damaged: {damage}", err=True)
         for note in (*checkpoint.notes, *(note for plan in plans for note in plan.notes)):
             click.echo(f"Note: {note}", err=True)
 

@@ -34,6 +34,7 @@ class QuantConfig:
     desc_act: bool
     static_groups: bool
     checkpoint_format: str
+    denied_in: tuple[str, ...] = ()  # the files that say desc_act: false
 
     @property
     def pack_factor(self) -> int:
@@ -93,6 +94,7 @@ def read_quant_config(directory: Path, config: dict[str, Any]) -> QuantConfig:
         desc_act=merged.get("desc_act", False),
         static_groups=merged.get("static_groups", False),
         checkpoint_format=merged.get("checkpoint_format", "gptq"),
+        denied_in=tuple(file for file, values in stated.items() if values.get("desc_act") is False),
     )
 
 

@@ -65,6 +65,7 @@ def describe(checkpoint: Checkpoint, plans: Sequence[Plan]) -> dict[str, Any]:
             }
             for plan in plans
         ],
+        "damage": list(checkpoint.damage),
         "notes": list(checkpoint.notes),
     }
 
@@ -141,7 +142,9 @@ def render(report: dict[str, Any]) -> str:
             "rows: per rank, in groups of g, times as many in all as the source has.",
         ]
     notes = [*report["notes"], *(note for degree in report["degrees"] for note in degree["notes"])]
-    lines += ["", *(f"Note: {note}" for note in notes)] if notes else []
+    remarks = [f"Damaged: {damage}" for damage in report["damage"]]
+    remarks += [f"Note: {note}" for note in notes]
+    lines += ["", *remarks] if remarks else []
     return "\n".join(lines)
 
 

@@ -46,7 +46,7 @@ from vllm.model_executor.parameter import (
 from vllm.platforms import current_platform
 from vllm.scalar_type import scalar_types
 
-from tpgptq_convert.errors import DegreeError, OutputError
+from tpgptq_convert.errors import DegreeError, OutputError, UnsupportedError
 from tpgptq_convert.manifest import (
     FORMAT_VERSION,
     MANIFEST,
@@ -147,7 +147,8 @@ class TpgptqConfig(QuantizationConfig):  # type: ignore[misc]
     def __init__(self, stated: Mapping[str, Any]) -> None:
         super().__init__()
         self.stated = dict(stated)
-        self.model, self.revision = "", None
+        self.model = ""
+        self.revision: str | None = None
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.stated})"
@@ -188,6 +189,12 @@ class TpgptqConfig(QuantizationConfig):  # type: ignore[misc]
         if not isinstance(layer, LinearBase):
             return None
         output = open_output(self.model, self.revision)
+        if get_current_vllm_config().lora_config is not None:
+            raise UnsupportedError(
+                f"{self.model}: LoRA is enabled; must not be, since the channels of the MLP are "
+                "not in the order that adapters were made for",
+                hint="merge the adapter before quantising",
+            )
         # vLLM fuses layers: qkv_proj is q_proj, k_proj and v_proj of the output.
         parent, _, leaf = prefix.rpartition(".")
         names = [f"{parent}.{name}" for name in self.packed_modules_mapping.get(leaf, [leaf])]
@@ -232,7 +239,7 @@ class TpgptqLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: Sequence[int],
         input_size: int,
@@ -322,7 +329,7 @@ class TpgptqLinearMethod(LinearMethodBase):  # type: ignore[misc]
             return -1
         return next((size for size in KERNEL_GROUPS if stored % size == 0), stored)
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Turn what was loaded into parts, each on its kernel."""
         if self.output.in_ranks:
             self._read(layer)
@@ -340,7 +347,7 @@ class TpgptqLinearMethod(LinearMethodBase):  # type: ignore[misc]
             if hasattr(layer, name):
                 delattr(layer, name)
 
-    def _read(self, layer: nn.Module) -> None:
+    def _read(self, layer: Any) -> None:
         """Fill the parameters from the files of this rank's shards."""
         columns = sum(self.widths)
         fused = zip(self.names, self.modules, self.offsets, self.widths, strict=True)
@@ -360,7 +367,7 @@ class TpgptqLinearMethod(LinearMethodBase):  # type: ignore[misc]
                     first, size = (n * target.shape[-1] // columns for n in (offset, width))
                     target.narrow(-1, first, size).copy_(stored)
 
-    def _perms(self, layer: nn.Module) -> list[Tensor | None]:
+    def _perms(self, layer: Any) -> list[Tensor | None]:
         """Which element of the rank's input feeds each row, for each fused layer; None: its own."""
         if not hasattr(layer, "perm"):
             return [None] * len(self.names)
@@ -383,55 +390,67 @@ class TpgptqLinearMethod(LinearMethodBase):  # type: ignore[misc]
             hint=f"check it: tpgptq verify MODEL {self.output.model}",
         )
 
-    def _part(self, layer: nn.Module, cols: slice, perm: Tensor | None) -> nn.Module:
-        """Some columns of a layer, ready to run on vLLM's kernel."""
-        part = nn.Module()
-        part.register_buffer("perm", None if perm is None else perm.clone(), persistent=False)
+    def _part(self, layer: Any, cols: slice, perm: Tensor | None) -> Part:
+        """Some columns of a layer, their parameters as vLLM's kernels want them."""
         kernel, config = self._choose_kernel(cols.stop - cols.start)
         loader = layer.qweight.weight_loader
-        repeats = 1 if config.group_size == -1 else self.modules[0]["group_size"] // config.group_size
-        part.qweight = _packed(layer.qweight.data[:, cols].contiguous(), 0, loader)
-        part.scales = _scales(layer.scales.data[:, cols].repeat_interleave(repeats, 0), loader)
-        part.qzeros = None
+        group_size = self.modules[0]["group_size"]
+        repeats = 1 if config.group_size == -1 else group_size // config.group_size
+        qzeros = None
         if config.zero_points:
             words = layer.qzeros.data[:, cols.start // PACK : cols.stop // PACK]
             zeros = zero_points(unpack_cols(words, BITS), self.output.manifest["checkpoint_format"])
             if int(zeros.max()) >= 1 << BITS:
-                raise OutputError(
+                raise UnsupportedError(
                     f"{', '.join(self.names)}: has zero points of {1 << BITS}; must be less for "
                     "vLLM's kernels",
-                    hint="serve it with tpgptq_runtime.py, which lies in the output",
+                    hint="run it with tpgptq_runtime.py, which lies in the output",
                 )
             packed = pack_cols(zeros.to(torch.uint8), BITS).repeat_interleave(repeats, 0)
-            part.qzeros = _packed(packed.T.contiguous(), 0, loader, input_dim=1)
-        bias = None if layer.bias is None else nn.Parameter(layer.bias.data[cols].clone(), False)
-        part.register_parameter("bias", bias)
-        part.kernel = kernel(
-            config, w_q_param_name="qweight", w_s_param_name="scales", w_zp_param_name="qzeros"
+            qzeros = _packed(packed.T.contiguous(), 0, loader, input_dim=1)
+        return Part(
+            kernel(config, "qweight", "scales", "qzeros"),
+            perm,
+            qweight=_packed(layer.qweight.data[:, cols].contiguous(), 0, loader),
+            qzeros=qzeros,
+            scales=_scales(layer.scales.data[:, cols].repeat_interleave(repeats, 0), loader),
+            bias=None if layer.bias is None else nn.Parameter(layer.bias.data[cols].clone(), False),
         )
-        part.kernel.process_weights_after_loading(part)
-        return part
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """x (..., inputs) -> (..., columns) of this rank."""
-        outs = [
-            part.kernel.apply_weights(
-                part,
-                x if part.perm is None else x.index_select(-1, part.perm),
-                None if bias is None else part.bias,
-            )
-            for part in layer.parts
-        ]
+        outs = [part(x, biased=bias is not None) for part in layer.parts]
         return outs[0] if len(outs) == 1 else torch.cat(outs, -1)
+
+
+class Part(nn.Module):
+    """Columns of a layer that gather their input alike, on one of vLLM's kernels."""
+
+    perm: Tensor | None
+
+    def __init__(
+        self, kernel: MPLinearKernel, perm: Tensor | None, **parameters: nn.Parameter | None
+    ) -> None:
+        super().__init__()
+        self.kernel = kernel
+        self.register_buffer("perm", None if perm is None else perm.clone(), persistent=False)
+        for name, parameter in parameters.items():
+            self.register_parameter(name, parameter)
+        kernel.process_weights_after_loading(self)
+
+    def forward(self, x: Tensor, biased: bool) -> Tensor:
+        if self.perm is not None:
+            x = x.index_select(-1, self.perm)
+        # The bias is this part's own: kernels reorder it.
+        out: Tensor = self.kernel.apply_weights(self, x, self.bias if biased else None)
+        return out
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
     return a is b if a is None or b is None else torch.equal(a, b)
 
 
-def _packed(
-    words: Tensor, packed_dim: int, loader: Any, input_dim: int = 0
-) -> PackedvLLMParameter:
+def _packed(words: Tensor, packed_dim: int, loader: Any, input_dim: int = 0) -> PackedvLLMParameter:
     return PackedvLLMParameter(
         data=words,
         input_dim=input_dim,

