@@ -368,7 +368,7 @@ def test_an_output_in_the_cache_of_the_hub(tpgptq: Run, tiny: Path, tmp_path: Pa
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "outgoing traffic has been disabled" in done.stdout
+    assert "cannot find the requested files in the local cache" in done.stdout
 
 
 @pytest.mark.skipif("TPGPTQ_OLD_VLLM" not in os.environ, reason="TPGPTQ_OLD_VLLM is not set")
@@ -391,4 +391,6 @@ def test_a_larger_checkpoint(tpgptq: Run, tmp_path: Path) -> None:
             jobs.add(f"{layout} {tp}", model, jobs.convert(model, tp, layout), tp)
     jobs.run()
     for answer in jobs.answers.values():
-        assert_close(answer)
+        assert answer["ok"]
+        assert answer["within"] >= 50
+        assert_close(answer, bound=0.08)  # fp16 without quantisation is as far on unlikely tokens

@@ -13,7 +13,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from compare_vllm import ask_llm, engine, judge, make_reference, prompts_of, settings
+from compare_vllm import ask_llm, engine, judge, make_reference, settings, texts_of
 
 
 def run(job: dict[str, Any]) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def run(job: dict[str, Any]) -> dict[str, Any]:
         make_reference(Path(job["model"]), reference)
     try:
         arguments = engine(Path(job["out"]), job["tp"], job["engine"])
-        return judge(reference, ask_llm(arguments, prompts_of(reference)))
+        return judge(reference, ask_llm(arguments, texts_of(reference)))
     except Exception as error:  # noqa: BLE001 - whatever vLLM raises is the answer
         traceback.print_exc()
         return {"error": str(error)}
