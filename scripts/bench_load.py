@@ -1,6 +1,7 @@
 """Measure how long vLLM's workers load outputs, and how much of the weight files each one reads.
 
-The files are evicted from the page cache before each load. What a worker reads is the size of the
+The files are evicted from the page cache before each load. Loading includes what vLLM's kernels do
+to the weights, which on CPUs takes longer than reading them. What a worker reads is the size of the
 pages of weight files that it has mapped, sampled while it loads (Linux; a fault maps a few pages
 around the one touched, so contiguous reading is counted exactly and scattered reading generously).
 
@@ -19,7 +20,7 @@ import re
 import statistics
 import subprocess
 import sys
-import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -40,45 +41,56 @@ def evict(directory: Path) -> None:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def mapped(directory: Path) -> dict[int, int]:
-    """Bytes of the directory's weight files in each process's page tables."""
-    found: dict[int, int] = {}
+def mapped(directory: Path) -> dict[tuple[int, str], int]:
+    """Bytes of each weight file in each process's page tables."""
+    found: dict[tuple[int, str], int] = {}
     for maps in Path("/proc").glob("[0-9]*/maps"):
         with contextlib.suppress(OSError):
             if f"{directory}/model" not in maps.read_text():
                 continue
-            ours = False
+            name = ""
             for line in maps.with_name("smaps").read_text().splitlines():
                 if re.match(r"[0-9a-f]+-", line):
-                    ours = f"{directory}/model" in line
-                elif ours and line.startswith("Rss:"):
-                    pid = int(maps.parent.name)
-                    found[pid] = found.get(pid, 0) + int(line.split()[1]) * 1024
+                    name = (
+                        line.rpartition(f"{directory}/model")[2] if str(directory) in line else ""
+                    )
+                elif name and line.startswith("Rss:"):
+                    key = int(maps.parent.name), name
+                    found[key] = found.get(key, 0) + int(line.split()[1]) * 1024
     return found
 
 
 def measure(out: Path, tp: int, extra: dict[str, Any]) -> tuple[float, list[int]]:
     """(seconds to load, bytes read by each worker)."""
     evict(out)
-    with tempfile.TemporaryFile("w+") as log:
-        job = engine(out, tp, extra)
-        process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", json.dumps(job)],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env=os.environ | settings(tp) | {"VLLM_LOGGING_LEVEL": "INFO"},
-        )
-        most: dict[int, int] = {}
-        while process.poll() is None:
-            for pid, size in mapped(out).items():
-                most[pid] = max(size, most.get(pid, 0))
-            time.sleep(0.02)
-        log.seek(0)
-        text = log.read()
+    process = subprocess.Popen(
+        [sys.executable, __file__, "--worker", json.dumps(engine(out, tp, extra))],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | settings(tp) | {"VLLM_LOGGING_LEVEL": "INFO"},
+    )
+    lines: list[tuple[float, str]] = []
+
+    def listen() -> None:
+        for line in process.stdout or ():
+            lines.append((time.monotonic(), line))
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    most: dict[tuple[int, str], int] = {}
+    while process.poll() is None:
+        for key, size in mapped(out).items():
+            most[key] = max(size, most.get(key, 0))
+        time.sleep(0.02)
+    listener.join()
     if process.returncode:
-        raise SystemExit(text[-3000:])
-    seconds = [float(s) for s in re.findall(r"Model loading took .*? ([\d.]+) seconds", text)]
-    return max(seconds), sorted(most.values())
+        raise SystemExit("".join(line for _, line in lines[-40:]))
+    begin = min(at for at, line in lines if "Starting to load model" in line)
+    end = min(at for at, line in lines if at > begin and re.search("KV cache|loading took", line))
+    workers = {pid for pid, _ in most}
+    read = [sum(size for (p, _), size in most.items() if p == pid) for pid in workers]
+    return end - begin, sorted(read)
 
 
 def main() -> None:
