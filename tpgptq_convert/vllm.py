@@ -355,12 +355,10 @@ class TpgptqLinearMethod(LinearMethodBase):  # type: ignore[misc]
             shards = [self.output.tensors(rank)[name] for rank in self.shards]
             if not self.row:  # kv heads that several shards share stand in the layer once
                 shards = shards[:: len(shards) * module["out_features"] // width]
-            for part in shards[0]:
+            for part, stored in shards[0].items():
                 target = getattr(layer, part).data
-                if part == "perm" and not self.row:
-                    target[index].copy_(shards[0][part])
-                    continue
-                stored = torch.cat([shard[part] for shard in shards], 0 if self.row else -1)
+                if len(shards) > 1 and (self.row or part != "perm"):
+                    stored = torch.cat([shard[part] for shard in shards], 0 if self.row else -1)
                 if part == "perm":
                     target[index].copy_(stored)
                 else:
