@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--new-tokens", type=int, default=128)
-    parser.add_argument("--kv-cache", type=int, default=4096, help="MB for each engine")
+    parser.add_argument("--kv-cache", type=int, default=6144, help="MB for each engine")
     parser.add_argument("--engine", type=json.loads, default={}, help="more vLLM arguments, JSON")
     parser.add_argument("--logs", type=Path, help="keep the engines' logs in this directory")
     arguments = parser.parse_args()
@@ -139,8 +139,8 @@ def main() -> None:
         scratch = arguments.logs or Path(directory)
         scratch.mkdir(parents=True, exist_ok=True)
         engines = [
-            Engine(*form.split("=", 1), arguments, scratch)  # type: ignore[call-arg]
-            for form in arguments.forms
+            Engine(name, form, arguments, scratch)
+            for name, _, form in (text.partition("=") for text in arguments.forms)
         ]
         loads = [engine.reply() for engine in engines]
         new = arguments.new_tokens

@@ -193,11 +193,11 @@ def server(arguments: dict[str, Any]) -> Iterator[str]:
         process.wait(60)
 
 
-def ask_server(arguments: dict[str, Any], texts: list[list[int]]) -> Answers:
+def ask_server(address: str, model: str, texts: list[list[int]]) -> Answers:
     """The same through vLLM's HTTP server."""
 
-    def ask(address: str, prompt: list[int], **options: Any) -> dict[str, Any]:
-        body = {"model": arguments["model"], "prompt": prompt, "temperature": 0, **options}
+    def ask(prompt: list[int], **options: Any) -> dict[str, Any]:
+        body = {"model": model, "prompt": prompt, "temperature": 0, **options}
         request = urllib.request.Request(
             f"{address}/v1/completions",
             json.dumps(body).encode(),
@@ -209,17 +209,14 @@ def ask_server(arguments: dict[str, Any], texts: list[list[int]]) -> Answers:
         return found
 
     answers = []
-    with server(arguments) as address:
-        for text in texts:
-            answered = ask(
-                address, text[:-NEW], max_tokens=NEW, ignore_eos=True, return_token_ids=True
-            )
-            scored = ask(address, text, max_tokens=1, prompt_logprobs=TOP)
-            logprobs = [
-                {token: entry["logprob"] for token, entry in stated.items()}
-                for stated in scored["prompt_logprobs"][1:]
-            ]
-            answers.append({"tokens": answered["token_ids"], "logprobs": logprobs})
+    for text in texts:
+        answered = ask(text[:-NEW], max_tokens=NEW, ignore_eos=True, return_token_ids=True)
+        scored = ask(text, max_tokens=1, prompt_logprobs=TOP)
+        logprobs = [
+            {token: entry["logprob"] for token, entry in stated.items()}
+            for stated in scored["prompt_logprobs"][1:]
+        ]
+        answers.append({"tokens": answered["token_ids"], "logprobs": logprobs})
     return answers
 
 
@@ -239,9 +236,13 @@ def main() -> int:
         reference = arguments.reference or Path(directory) / "reference.safetensors"
         if not reference.exists():
             make_reference(arguments.model, reference)
-        ask = ask_server if arguments.serve else ask_llm
+        asked, texts = engine(arguments.out, arguments.tp, arguments.engine), texts_of(reference)
         began = time.monotonic()
-        answers = ask(engine(arguments.out, arguments.tp, arguments.engine), texts_of(reference))
+        if arguments.serve:
+            with server(asked) as address:
+                answers = ask_server(address, asked["model"], texts)
+        else:
+            answers = ask_llm(asked, texts)
         found = judge(reference, answers) | {"seconds": round(time.monotonic() - began, 1)}
     if arguments.json:
         print(json.dumps(found))

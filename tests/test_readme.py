@@ -16,13 +16,13 @@ from tpgptq_convert.cli import cli
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-# The commands that install are run by .ci/run, in a fresh environment.
+# The commands that install are run by .ci/run, in a fresh environment; test_vllm.py serves.
 COMMANDS = [
     line
     for kind, text in BLOCKS
     if kind == "bash"
     for line in text.splitlines()
-    if "pip install" not in line and not line.startswith("vllm ")  # tests/test_vllm.py serves it
+    if "pip install" not in line and not line.startswith(("vllm ", "curl "))
 ]
 
 

@@ -12,19 +12,19 @@ import re
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import Result
-from compare_vllm import make_reference
+from compare_vllm import ask_server, engine, judge, make_reference, server, settings, texts_of
 from factories import edit_tensors, make_checkpoint
 
 pytestmark = pytest.mark.vllm
 
 HERE = Path(__file__).parent
+README = (HERE.parent / "README.md").read_text()
 Run = Callable[..., Result]
 # vLLM's bfloat16 kernel for CPUs rounds activations to 8 bits unless it is told not to.
 NO_W4A8 = {"VLLM_CPU_INT4_W4A8": "0"}
@@ -184,8 +184,7 @@ def test_bfloat16(served: Jobs) -> None:
 
 
 def test_vllm_refuses_the_source(served: Jobs) -> None:
-    readme = (HERE.parent / "README.md").read_text()
-    (words,) = re.findall(r"^GPTQ group .*$", readme, re.MULTILINE)
+    (words,) = re.findall(r"^GPTQ group .*$", README, re.MULTILINE)
     assert words in served.answers["source"]["error"]
 
 
@@ -297,48 +296,47 @@ def test_wrong_use_is_refused_in_words(misused: Jobs, name: str, words: str) -> 
 def test_another_degree_is_refused_in_words(misused: Jobs) -> None:
     assert "error" in misused.answers["degree"]  # the words are the workers'
     assert "was written for tp 1, and --tensor-parallel-size is 2; must be 1" in misused.log
-    assert "convert again with --tp 2" in misused.log
+    assert "or convert the source again with --tp 2" in misused.log
 
 
 def test_checksums_are_compared_only_if_asked(misused: Jobs) -> None:
     assert "error" not in misused.answers["sum-unasked"]
 
 
-def test_the_server_and_what_its_workers_read(tpgptq: Run, tiny: Path, tmp_path: Path) -> None:
-    """Over HTTP; and each worker maps the files of its own rank, of all that are there."""
-    out = tmp_path / "out"
+def test_the_server_and_what_its_workers_read(
+    tpgptq: Run, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Over HTTP, as the README asks it; each worker maps the files of its own rank, of all."""
+    monkeypatch.chdir(tmp_path)
+    out = Path("served")
     assert tpgptq("convert", "--tp", 2, tiny, out).exit_code == 0
     reference = tmp_path / "reference.safetensors"
     make_reference(tiny, reference)
-    program = Path(__file__).parent.parent / "scripts" / "compare_vllm.py"
-    read: dict[int, set[str]] = {}
-    done = threading.Event()
+    for name, value in settings(2).items():
+        monkeypatch.setenv(name, value)
+    with server(engine(out, 2, {})) as address:
+        answers = ask_server(address, "served", texts_of(reference))
+        (curl,) = re.findall(r"^curl .*$", README, re.MULTILINE)
+        command = curl.replace("localhost:8000", address.removeprefix("http://"))
+        said = subprocess.run(["bash", "-c", command], capture_output=True, check=True).stdout
+        read = {
+            frozenset(re.findall(rf"{out.resolve()}/(model-rank-\S+)", maps))
+            for maps in map(_read, Path("/proc").glob("[0-9]*/maps"))
+        }
+    assert_close(judge(reference, answers))
+    (expected,) = re.findall(r'^answers with `"(.*?)"`', README, re.MULTILINE)
+    assert json.loads(said)["choices"][0]["text"] == expected
+    assert read == {
+        frozenset(),
+        *(frozenset([f"model-rank-{r}-part-0.safetensors"]) for r in (0, 1)),
+    }
 
-    def watch() -> None:
-        while not done.wait(0.5):
-            for maps in Path("/proc").glob("[0-9]*/maps"):
-                try:
-                    found = set(re.findall(rf"{out}/(model-rank-\S+)", maps.read_text()))
-                except OSError:
-                    continue
-                if found:
-                    read.setdefault(int(maps.parent.name), set()).update(found)
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    command = [sys.executable, str(program), str(tiny), str(out), "--tp", "2", "--serve"]
-    answered = subprocess.run(
-        [*command, "--json", "--reference", str(reference)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    done.set()
-    watcher.join()
-    assert answered.returncode == 0, answered.stderr[-3000:]
-    assert_close(json.loads(answered.stdout.splitlines()[-1]))
-    files = [f"model-rank-{rank}-part-0.safetensors" for rank in range(2)]
-    assert sorted(read.values(), key=sorted) == [{files[0]}, {files[1]}]
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:  # the process has ended, or is another's
+        return ""
 
 
 def test_an_output_in_the_cache_of_the_hub(tpgptq: Run, tiny: Path, tmp_path: Path) -> None:

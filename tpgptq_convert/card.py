@@ -33,7 +33,8 @@ torchrun --nproc-per-node {tp} tpgptq_runtime.py --prompt "Once upon a time"
 ```
 
 Engines that know plain GPTQ alone must not load it: they would ignore `perm`, and the group size of
-attention's output layer. It runs at tensor-parallel degree {tp}. A LoRA adapter of the MLP,
+attention's output layer. It runs at tensor-parallel degree {tp} (in vLLM at
+divisors too). A LoRA adapter of the MLP,
 made for the source, must be permuted along with the channels: `mlp.*.rows` and `mlp.*.cols` of the
 index file say how.
 """

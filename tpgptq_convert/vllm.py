@@ -111,7 +111,7 @@ class Output:
             raise DegreeError(
                 f"{self.model}: was written for tp {self.tp}, and --tensor-parallel-size is "
                 f"{degree}; must be {' or '.join(fitting)}",
-                hint=f"convert again with --tp {degree}",
+                hint=f"serve at such a degree, or convert the source again with --tp {degree}",
             )
         return range(rank * self.tp // degree, (rank + 1) * self.tp // degree)
 
