@@ -21,6 +21,9 @@ from click.testing import Result
 from compare_vllm import ask_server, engine, judge, make_reference, server, settings, texts_of
 from factories import edit_tensors, make_checkpoint
 
+from tpgptq_convert.manifest import weights_digest
+from tpgptq_convert.writer import checksum
+
 pytestmark = pytest.mark.vllm
 
 HERE = Path(__file__).parent
@@ -219,6 +222,23 @@ def test_biases_shared_kv_heads_and_different_orders(sharded: Jobs, layout: str)
     assert_close(sharded.answers[layout])
 
 
+def spoil(out: Path, tensor: str, values: dict[int, int]) -> None:
+    """Change a tensor of a merged output, and let manifest and config say that it is so."""
+
+    def edit(tensors: dict[str, Any]) -> None:
+        for at, value in values.items():
+            tensors[tensor][at] = value
+
+    manifest = json.loads((out / "tpgptq.json").read_text())
+    (name,) = manifest["files"]["merged"]
+    edit_tensors(out / name, edit)
+    manifest["files"]["merged"][name] = checksum(out / name)
+    (out / "tpgptq.json").write_text(json.dumps(manifest))
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"]["weights_sha256"] = weights_digest(manifest)
+    (out / "config.json").write_text(json.dumps(config))
+
+
 @pytest.fixture(scope="module")
 def misused(tmp_path_factory: pytest.TempPathFactory, tpgptq: Run, tiny: Path) -> Jobs:
     directory = tmp_path_factory.mktemp("misused")
@@ -246,17 +266,16 @@ def misused(tmp_path_factory: pytest.TempPathFactory, tpgptq: Run, tiny: Path) -
         with (copy(name) / "model-rank-0-part-0.safetensors").open("r+b") as part:
             part.seek(-8, os.SEEK_END)
             part.write(b"\0" * 8)
-    merged = copy("perm", layout="merged")
-
-    def spoil(tensors: dict[str, Any]) -> None:
-        tensors["model.layers.0.self_attn.o_proj.perm"][3] = 300
-
-    edit_tensors(next(merged.glob("model-*.safetensors")), spoil)
-    manifest = json.loads((merged / "tpgptq.json").read_text())
-    for name in manifest["files"]["merged"]:
-        manifest["files"]["merged"][name]["bytes"] = (merged / name).stat().st_size
-    (merged / "tpgptq.json").write_text(json.dumps(manifest))
+    for name, values in (("perm", {3: 300}), ("leaves", {3: 4, 4: 4})):
+        spoil(copy(name, layout="merged"), "model.layers.0.self_attn.o_proj.perm", values)
+    (copy("listed") / "model.safetensors.index.json").write_text('{"weight_map": {}}')
+    layers = '"num_hidden_layers": '
+    edit(copy("layers") / "config.json", f"{layers}4", f"{layers}5")
+    edit(copy("bias") / "config.json", '"attention_bias": false', '"attention_bias": true')
+    heads = '"num_key_value_heads": '
+    edit(copy("heads") / "config.json", f"{heads}2", f"{heads}1")
     names = ("config", "manifest", "config-size", "file", "index", "json", "short", "perm")
+    names += ("listed", "layers", "bias", "heads", "leaves")
     for name in (*names, "sum-unasked"):
         jobs.add(name, tiny, directory / name)
     jobs.add("sum", tiny, directory / "sum", env={"TPGPTQ_CHECKSUMS": "1"})
@@ -274,12 +293,17 @@ def misused(tmp_path_factory: pytest.TempPathFactory, tpgptq: Run, tiny: Path) -
     [
         ("config", r"config.json: format_version of quant_method tpgptq is 2; must be 1"),
         ("manifest", r"format 'tpgptq' version 2; must be 'tpgptq' version 1"),
-        ("config-size", r"says 704 columns per shard, config.json 768 per rank"),
+        ("config-size", r"intermediate_size is 768 in config.json and 704 in tpgptq.json"),
+        ("listed", r"index.json: must list the \d+ tensors that every rank reads"),
+        ("layers", r"layers.4.self_attn.q_proj.* is not in tpgptq.json; must be"),
+        ("bias", r"q_proj.*: config.json has a bias for it and its file none; must agree"),
+        ("heads", r"num_key_value_heads is 1 in config.json and 2 in tpgptq.json"),
         ("file", r"model-rank-0-part-0.safetensors: missing; tpgptq.json lists it"),
-        ("index", r"model.safetensors.index.json: missing; must list the shared files"),
+        ("index", r"model.safetensors.index.json: missing; must list the files that every rank"),
         ("json", r"has no tpgptq.json; must be an output"),
         ("short", r"model-rank-0-part-0.safetensors: has \d+ bytes; must have \d+"),
         ("perm", r"self_attn.o_proj: perm is missing, or not within 0 to 255"),
+        ("leaves", r"self_attn.o_proj: perm leaves out some of the 256 inputs"),
         ("sum", r"model-rank-0-part-0.safetensors: its sha256 is not the one that tpgptq.json"),
         (
             "kernel",

@@ -16,11 +16,9 @@ from numpy.typing import NDArray
 from tpgptq_convert.config import Geometry, QuantConfig, read_config, read_quant_config
 from tpgptq_convert.errors import CheckpointError, TpgptqError
 from tpgptq_convert.families import Axis, Family, Linear, family_of
-from tpgptq_convert.source import Source, TensorSpec
+from tpgptq_convert.source import FLOATS, Source, TensorSpec
 
 IntArray = NDArray[np.int32]
-
-SCALE_DTYPES = ("F16", "BF16", "F32")
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,7 +204,7 @@ class _LayerReader:
                 self.problems.append(f"{name}: {axis} is {size}; must be a multiple of {pack}")
         self._check(f"{name}.qweight", ("I32",), (k // pack, n))
         self._check(f"{name}.qzeros", ("I32",), (groups, n // pack))
-        scales = self._check(f"{name}.scales", SCALE_DTYPES, (groups, n))
+        scales = self._check(f"{name}.scales", FLOATS, (groups, n))
         g_idx = self._g_idx(f"{name}.g_idx", k, groups, group_size)
         bias = self._bias(name, linear, n)
         if len(self.problems) > faults or scales is None or g_idx is None:
@@ -228,7 +226,7 @@ class _LayerReader:
                 continue
             # The vocabulary may be padded in the file: it is what the tensor says.
             sizes["vocab"] = (getattr(self._spec(name), "shape", ()) or (1,))[0]
-            if self._check(name, SCALE_DTYPES, tuple(sizes[size] for size in shape)):
+            if self._check(name, FLOATS, tuple(sizes[size] for size in shape)):
                 shared.append(name)
         shared += [
             name
@@ -293,7 +291,7 @@ class _LayerReader:
         bias = f"{name}.bias"
         if linear.name not in self.biased and self._spec(bias) is None:
             return None
-        spec = self._check(bias, SCALE_DTYPES, (n,))
+        spec = self._check(bias, FLOATS, (n,))
         if spec is None:
             return None
         if linear.name in self.biased:

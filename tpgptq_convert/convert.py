@@ -19,7 +19,14 @@ from safetensors.numpy import save
 from tpgptq_convert.card import model_card
 from tpgptq_convert.checkpoint import Checkpoint, IntArray, Layer
 from tpgptq_convert.errors import CheckpointError, VerificationError
-from tpgptq_convert.manifest import FORMAT_VERSION, INDEX, LAYOUTS, MANIFEST, WEIGHTS_INDEX
+from tpgptq_convert.manifest import (
+    FORMAT_VERSION,
+    INDEX,
+    LAYOUTS,
+    MANIFEST,
+    WEIGHTS_INDEX,
+    weights_digest,
+)
 from tpgptq_convert.plan import ROW_GROUPS, Plan, Shard, check_zero_points
 from tpgptq_convert.repack import Packed, in_order, repack, workers
 from tpgptq_convert.source import DTYPES, TensorSpec
@@ -230,7 +237,6 @@ class _Output:
             (self.directory / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source.directory / path, self.directory / path)
         shutil.copyfile(RUNTIME, self.directory / RUNTIME.name)
-        write_json(self.directory / "config.json", self._config(sym))
         write_json(
             self.directory / WEIGHTS_INDEX,
             {
@@ -243,6 +249,8 @@ class _Output:
         else:
             ranks = [stream.files for stream in self._streams]
             weights = {"shared": self._shared.files, "ranks": ranks}
+        digest = weights_digest({"layout": self.options.layout, "files": weights})
+        write_json(self.directory / "config.json", self._config(sym, digest))
         manifest = self._manifest(source_files, sym, weights)
         (self.directory / "README.md").write_text(
             model_card(manifest, source.directory, self.options.command(self.plan)),
@@ -251,7 +259,7 @@ class _Output:
         write_json(self.directory / MANIFEST, manifest)
         return manifest
 
-    def _config(self, sym: bool) -> dict[str, Any]:
+    def _config(self, sym: bool, digest: str) -> dict[str, Any]:
         plan, quant = self.plan, self.plan.checkpoint.quant
         config = plan.checkpoint.family.resized(plan.checkpoint.config, plan.intermediate)
         return config | {
@@ -265,6 +273,7 @@ class _Output:
                 "checkpoint_format": quant.checkpoint_format,
                 "tp": plan.tp,
                 "layout": self.options.layout,
+                "weights_sha256": digest,
             }
         }
 

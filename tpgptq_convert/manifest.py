@@ -1,13 +1,16 @@
-"""The manifest of an output, tpgptq.json: its name, its version, and what it must look like."""
+"""The manifest of an output, tpgptq.json: its version, what it must be, what it prescribes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from tpgptq_convert.config import FORMATS
 from tpgptq_convert.errors import OutputError
-from tpgptq_convert.source import read_json
+from tpgptq_convert.source import FLOATS, SafetensorsFile, TensorSpec, read_json
 
 FORMAT_VERSION = 1
 MANIFEST = "tpgptq.json"
@@ -61,6 +64,20 @@ def _malformed(manifest: Mapping[str, Any]) -> Iterator[str]:
             yield "files must map every file's name to its bytes and sha256"
         elif bad := [name for name in group if not _inside(name)]:
             yield f"files names {bad[0][:80]!r}; must be a file inside the output"
+    listed = [name for group in groups if isinstance(group, dict) for name in group]
+    if len(listed) > len(set(listed)):
+        yield "files names a file twice; each must be one rank's, or all ranks'"
+    bits = manifest.get("bits")
+    if type(bits) is not int or bits < 1 or 32 % bits:
+        yield f"bits is {bits!r}; must divide 32"
+        return
+    if type(manifest.get("sym")) is not bool:
+        yield f"sym is {manifest.get('sym')!r}; must be true or false"
+    if manifest.get("checkpoint_format") not in FORMATS:
+        yield (
+            f"checkpoint_format is {manifest.get('checkpoint_format')!r}; must be "
+            f"{' or '.join(FORMATS)}"
+        )
     modules = manifest.get("modules")
     for name, module in modules.items() if isinstance(modules, dict) else [("modules", None)]:
         stated = module if isinstance(module, dict) else {}
@@ -73,6 +90,8 @@ def _malformed(manifest: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name}: perm is {stated.get('perm')!r}; must be true or false"
         elif stated["in_features"] % stated["group_size"]:
             yield f"{name}: in_features must be a multiple of group_size"
+        elif any(stated[size] % (32 // bits) for size in ("in_features", "out_features")):
+            yield f"{name}: in_features and out_features must be multiples of {32 // bits}"
     for key in ("source", "heads", "intermediate"):
         if not isinstance(manifest.get(key), dict):
             yield f"{key} is {manifest.get(key)!r}; must be an object"
@@ -84,6 +103,16 @@ def listed_files(manifest: Mapping[str, Any]) -> dict[str, Any]:
     for _, files in weight_files(manifest):
         listed |= files
     return listed
+
+
+def weights_digest(manifest: Mapping[str, Any]) -> str:
+    """A name for exactly these weights: of the sizes and checksums of their files.
+
+    config.json states it, because servers keep what they compiled for a config, and which layers
+    gather their input is in the weights alone.
+    """
+    files = [[rank, sorted(files.items())] for rank, files in weight_files(manifest)]
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
 def _inside(name: str) -> bool:
@@ -101,3 +130,63 @@ def weight_files(manifest: Mapping[str, Any]) -> Iterator[tuple[int | None, Mapp
     else:
         yield None, files["shared"]
         yield from enumerate(files["ranks"])
+
+
+def wrong_tensors(
+    manifest: Mapping[str, Any], rank: int | None, files: Iterable[SafetensorsFile]
+) -> Iterator[str]:
+    """What the headers of one rank's files, or (None) of all ranks', have other than they must."""
+    specs: dict[str, TensorSpec] = {}
+    for file in files:
+        for name in specs.keys() & file.specs.keys():
+            yield f"{name}: stands in {file.path.name} and in a file before it"
+        specs |= file.specs
+    merged = manifest["layout"] == "merged"
+    where = "the shared files" if rank is None else f"the files of rank {rank}"
+    of_modules = set()
+    for name, module in manifest["modules"].items():
+        biases = {f"{name}.bias"} if (module["parallel"] == "row") == (rank is None) else set()
+        wanted: Mapping[str, TensorSpec] = {}
+        if merged or rank is not None:
+            wanted = _module_tensors(manifest, module, specs.get(f"{name}.scales"))
+        for part, spec in wanted.items():
+            found = specs.get(f"{name}.{part}")
+            of_modules.add(f"{name}.{part}")
+            if found is None and part != "bias":
+                yield f"{name}.{part}: missing from {where}; must be there"
+            elif found and (
+                found.shape != spec.shape
+                or found.dtype not in (FLOATS if spec.dtype in FLOATS else (spec.dtype,))
+            ):
+                yield (
+                    f"{name}.{part}: is {found.dtype} {list(found.shape)}; must be "
+                    f"{spec.dtype} {list(spec.shape)}"
+                )
+        of_modules |= biases
+    for name in specs.keys() - of_modules:
+        if rank is not None or name.rpartition(".")[0] in manifest["modules"]:
+            yield f"{name}: doesn't belong into {where}"
+
+
+def _module_tensors(
+    manifest: Mapping[str, Any], module: Mapping[str, Any], scales: TensorSpec | None
+) -> dict[str, TensorSpec]:
+    """A module's tensors in one rank's files, or in a merged output's; floats are given as F16."""
+    pack = 32 // manifest["bits"]
+    k, n, tp = module["in_features"], module["out_features"], manifest["tp"]
+    groups = k // module["group_size"]
+    if manifest["layout"] == "merged" and module["parallel"] == "row":
+        k, groups = k * tp, groups * tp
+    elif manifest["layout"] == "merged":  # kv heads that ranks share stand in it once
+        pieces = scales.shape[-1] // n if scales and scales.shape else tp
+        n *= pieces if pieces and tp % pieces == 0 else tp
+    tensors = {
+        "qweight": TensorSpec("I32", (k // pack, n)),
+        "qzeros": TensorSpec("I32", (groups, n // pack)),
+        "scales": TensorSpec("F16", (groups, n)),
+    }
+    if module["perm"]:
+        tensors["perm"] = TensorSpec("I32", (k,))
+    if module["parallel"] == "column":
+        tensors["bias"] = TensorSpec("F16", (n,))
+    return tensors

@@ -44,6 +44,7 @@ REWRITTEN = (
 )
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 INDEX_SUFFIX = ".safetensors.index.json"
+FLOATS = ("F16", "BF16", "F32")  # what scales, biases and the tensors beside them may be
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,15 @@ from torch.nn import functional
 from tpgptq_convert.checkpoint import Checkpoint, IntArray, Layer
 from tpgptq_convert.errors import SourceError
 from tpgptq_convert.families import Axis
-from tpgptq_convert.manifest import INDEX, MANIFEST, listed_files, read_manifest, weight_files
+from tpgptq_convert.manifest import (
+    INDEX,
+    MANIFEST,
+    WEIGHTS_INDEX,
+    listed_files,
+    read_manifest,
+    weight_files,
+    weights_digest,
+)
 from tpgptq_convert.repack import Packed, Unpacked, gather, workers, zero_points
 from tpgptq_convert.source import SafetensorsFile, read_json
 from tpgptq_convert.writer import checksum
@@ -132,7 +140,8 @@ def _check_manifest(
         (f"{MANIFEST} intermediate", manifest["intermediate"],
          {"size": geometry.intermediate, "padded": width}),
         ("config.json quantization_config", config.get("quantization_config", {}),
-         same | {"quant_method": "tpgptq", "desc_act": False, "group_size": quant.group_size}),
+         same | {"quant_method": "tpgptq", "desc_act": False, "group_size": quant.group_size,
+                 "weights_sha256": weights_digest(manifest)}),
         ("config.json", {k: v for k, v in config.items() if k != "quantization_config"},
          {k: v for k, v in checkpoint.family.resized(checkpoint.config, width).items()
           if k != "quantization_config"}),
@@ -172,9 +181,9 @@ def _check_names(checkpoint: Checkpoint, stored: _Stored) -> Iterator[str]:
 
 
 def _check_index(out: Path, stored: _Stored) -> Iterator[str]:
-    """The merged layout's own index, through which servers find the tensors."""
-    path = out / "model.safetensors.index.json"
-    if len(stored.files) == 1 and path.is_file():
+    """The index through which loaders of plain checkpoints find the tensors that all ranks read."""
+    path = out / WEIGHTS_INDEX
+    if path.is_file():
         found = {name: file.path.name for file in stored.files[None] for name in file.specs}
         if read_json(path).get("weight_map") != found:
             yield f"{path.name}: weight_map doesn't say where the tensors are"

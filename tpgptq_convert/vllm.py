@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -33,6 +33,7 @@ from vllm.model_executor.kernels.linear import (
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
+    RowParallelLinear,
     UnquantizedLinearMethod,
     register_weight_loader_v2_supported_method,
 )
@@ -53,8 +54,11 @@ from tpgptq_convert.manifest import (
     WEIGHTS_INDEX,
     read_manifest,
     weight_files,
+    weights_digest,
+    wrong_tensors,
 )
 from tpgptq_convert.repack import pack_cols, unpack_cols, zero_points
+from tpgptq_convert.source import SafetensorsFile, read_json
 from tpgptq_convert.tpgptq_runtime import Checkpoint
 from tpgptq_convert.writer import checksum
 
@@ -96,6 +100,12 @@ class Output:
         self.in_ranks = self.manifest["layout"] == "ranks"
         self.tensors = cache(self.checkpoint.rank)  # of one rank: module -> part -> tensor
         self.check_files = cache(self._check_files)
+        self.names: set[str] = set()  # of the tensors in the files checked
+        if self.manifest["bits"] != BITS:
+            raise UnsupportedError(
+                f"{model}: has weights of {self.manifest['bits']} bits; must be of {BITS}",
+                hint="run it with tpgptq_runtime.py, which lies in the output",
+            )
 
     def find(self, name: str) -> Path:
         """A file of the output, in its directory or in the Hub's cache."""
@@ -116,25 +126,66 @@ class Output:
         return range(rank * self.tp // degree, (rank + 1) * self.tp // degree)
 
     def _check_files(self, shards: range) -> None:
-        """The files of these shards are there and of the size, and if asked the sum, stated."""
+        """Raise OutputError unless the files of these shards, and those that every rank reads, are
+        what the manifest prescribes.
+        """
         problems = []
         for rank, files in weight_files(self.manifest):
-            for name, stated in files.items() if rank is None or rank in shards else ():
-                path = self.find(name)
-                if not path.is_file():
-                    problems.append(f"{path}: missing; {MANIFEST} lists it")
-                elif path.stat().st_size != stated.get("bytes"):
-                    problems.append(
-                        f"{path}: has {path.stat().st_size} bytes; must have {stated.get('bytes')}"
-                    )
-                elif os.environ.get(CHECKSUMS) == "1" and checksum(path) != stated:
-                    problems.append(f"{path}: its sha256 is not the one that {MANIFEST} states")
-        if self.in_ranks and not self.find(WEIGHTS_INDEX).is_file():
-            problems.append(
-                f"{self.find(WEIGHTS_INDEX)}: missing; must list the shared files for vLLM's loader"
-            )
+            if rank is not None and rank not in shards:
+                continue
+            paths = {name: self.find(name) for name in files}
+            damaged = [
+                damage for name, path in paths.items() if (damage := _damage(path, files[name]))
+            ]
+            if not damaged:
+                opened = [SafetensorsFile(path) for path in paths.values()]
+                names = {name for file in opened for name in file.specs}
+                damaged += wrong_tensors(self.manifest, rank, opened)
+                damaged += self._check_index(names) if rank is None else []
+                self.names |= names
+            problems += damaged
         if problems:
             raise OutputError(*problems, hint="fetch the files again, or convert again")
+
+    def _check_index(self, names: Set[str]) -> list[str]:
+        """vLLM's loader reads what the index lists: the tensors that no rank owns alone."""
+        path = self.find(WEIGHTS_INDEX)
+        if not path.is_file():
+            return [f"{path}: missing; must list the files that every rank reads"]
+        listed = read_json(path).get("weight_map")
+        if not isinstance(listed, dict) or listed.keys() != names:
+            return [f"{path}: must list the {len(names)} tensors that every rank reads"]
+        return []
+
+    def check_config(self, config: Mapping[str, Any]) -> None:
+        """Raise OutputError unless config.json has the manifest's heads, channels and weights."""
+        heads = self.manifest["heads"]
+        stated = {
+            "num_attention_heads": heads.get("padded_query"),
+            "num_key_value_heads": heads.get("padded_kv"),
+            "intermediate_size": self.manifest["intermediate"].get("padded"),
+            "weights_sha256": weights_digest(self.manifest),
+            **{key: self.manifest[key] for key in ("sym", "checkpoint_format", "tp", "layout")},
+        }
+        problems = [
+            f"{self.model}: {key} is {config[key]} in config.json and {value} in {MANIFEST}; must "
+            "be the same"
+            for key, value in stated.items()
+            if config.get(key, value) != value
+        ]
+        if problems:
+            raise OutputError(*problems, hint="fetch both files again, or convert again")
+
+
+def _damage(path: Path, stated: Mapping[str, Any]) -> str | None:
+    """What is wrong with a file as a whole."""
+    if not path.is_file():
+        return f"{path}: missing; {MANIFEST} lists it"
+    if (size := path.stat().st_size) != stated.get("bytes"):
+        return f"{path}: has {size} bytes; must have {stated.get('bytes')}"
+    if os.environ.get(CHECKSUMS) == "1" and checksum(path) != stated:
+        return f"{path}: its sha256 is not the one that {MANIFEST} states"
+    return None
 
 
 open_output = cache(Output)
@@ -184,6 +235,8 @@ class TpgptqConfig(QuantizationConfig):  # type: ignore[misc]
         """vLLM says which model this is; up to 0.26 not which revision, which its config knows."""
         self.model = model_name
         self.revision = revision or getattr(hf_config, "_commit_hash", None)
+        sizes = vars(hf_config) if hf_config else {}
+        self.stated |= {key: value for key, value in sizes.items() if type(value) is int}
 
     def get_quant_method(self, layer: nn.Module, prefix: str) -> LinearMethodBase | None:
         if not isinstance(layer, LinearBase):
@@ -195,17 +248,19 @@ class TpgptqConfig(QuantizationConfig):  # type: ignore[misc]
                 "not in the order that adapters were made for",
                 hint="merge the adapter before quantising",
             )
+        output.check_config(self.stated)
+        output.check_files(range(0))
         # vLLM fuses layers: qkv_proj is q_proj, k_proj and v_proj of the output.
         parent, _, leaf = prefix.rpartition(".")
         names = [f"{parent}.{name}" for name in self.packed_modules_mapping.get(leaf, [leaf])]
         lacking = [name for name in names if name not in output.modules]
-        if lacking == names:
+        if lacking == names and all(f"{name}.weight" in output.names for name in names):
             return UnquantizedLinearMethod()
         if lacking:
             raise OutputError(
                 f"{output.model}: {', '.join(lacking)} is not in {MANIFEST}; must be, since "
-                f"vLLM fuses {', '.join(names)}",
-                hint="convert again",
+                "config.json describes a model that has it",
+                hint="fetch both files again, or convert again",
             )
         return TpgptqLinearMethod(output, names)
 
@@ -256,7 +311,7 @@ class TpgptqLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self.inputs, self.widths = input_size_per_partition, output_partition_sizes
         self.offsets = [0, *accumulate(self.widths)][:-1]
         self.rows = first["in_features"] * (len(self.shards) if self.row else 1)
-        self._check_sizes()
+        self._check_sizes("row" if isinstance(layer, RowParallelLinear) else "column")
         k, n, groups = self.rows, sum(self.widths), self.rows // first["group_size"]
         self._choose_kernel(n)  # fail before anything is read
 
@@ -272,14 +327,19 @@ class TpgptqLinearMethod(LinearMethodBase):  # type: ignore[misc]
             layer.perm = PermParameter(data=perm, weight_loader=loader)
             layer.perm.offsets = self.offsets
 
-    def _check_sizes(self) -> None:
-        """Raise OutputError if manifest and vLLM disagree about the layer's sizes."""
+    def _check_sizes(self, parallel: str) -> None:
+        """Raise OutputError if manifest and vLLM disagree about the layer's kind and sizes."""
         first = self.modules[0]
         problems = [
+            f"{name}: parallel is {module['parallel']!r} in {MANIFEST}; must be {parallel!r}"
+            for name, module in zip(self.names, self.modules, strict=True)
+            if module["parallel"] != parallel
+        ]
+        problems += [
             f"{name}: its {key} is {module[key]} and that of {self.names[0]} {first[key]}; must be "
             "the same, since vLLM fuses them"
             for name, module in zip(self.names, self.modules, strict=True)
-            for key in ("parallel", "in_features", "group_size")
+            for key in ("in_features", "group_size")
             if module[key] != first[key]
         ]
         problems += [
@@ -331,11 +391,15 @@ class TpgptqLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Turn what was loaded into parts, each on its kernel."""
+        for name in self.names:
+            if (f"{name}.bias" in self.output.names) != (layer.bias is not None):
+                has, lacks = ("its file", "config.json")[:: 1 if layer.bias is None else -1]
+                raise self._damaged(f"{has} has a bias for it and {lacks} none; must agree")
         if self.output.in_ranks:
             self._read(layer)
         perms = self._perms(layer)
-        if layer.scales.isnan().any():
-            raise self._damaged("scales are missing, or hold NaN; all must be there, and finite")
+        if not layer.scales.isfinite().all():
+            raise self._damaged("scales are missing, or not finite; all must be there, and finite")
         layer.parts = nn.ModuleList()
         start = 0
         for i, (offset, width) in enumerate(zip(self.offsets, self.widths, strict=True)):
@@ -378,6 +442,8 @@ class TpgptqLinearMethod(LinearMethodBase):  # type: ignore[misc]
         if self.row:
             shard = torch.arange(len(self.shards), dtype=perms.dtype, device=perms.device)
             perms = perms + inputs * shard.repeat_interleave(self.rows // len(self.shards))
+        if any(len(perm.unique()) != self.inputs for perm in perms):
+            raise self._damaged(f"perm leaves out some of the {self.inputs} inputs; must not")
         own = torch.arange(self.rows, dtype=perms.dtype, device=perms.device)
         identity = self.rows == self.inputs
         return [None if identity and torch.equal(perm, own) else perm for perm in perms]
