@@ -125,25 +125,21 @@ class Output:
             )
         return range(rank * self.tp // degree, (rank + 1) * self.tp // degree)
 
-    def _check_files(self, shards: range) -> None:
-        """Raise OutputError unless the files of these shards, and those that every rank reads, are
-        what the manifest prescribes.
+    def _check_files(self, rank: int | None) -> None:
+        """Raise OutputError unless a rank's files, or (None) those that every rank reads, are what
+        the manifest prescribes.
         """
-        problems = []
-        for rank, files in weight_files(self.manifest):
-            if rank is not None and rank not in shards:
-                continue
-            paths = {name: self.find(name) for name in files}
-            damaged = [
-                damage for name, path in paths.items() if (damage := _damage(path, files[name]))
-            ]
-            if not damaged:
-                opened = [SafetensorsFile(path) for path in paths.values()]
-                names = {name for file in opened for name in file.specs}
-                damaged += wrong_tensors(self.manifest, rank, opened)
-                damaged += self._check_index(names) if rank is None else []
-                self.names |= names
-            problems += damaged
+        files = dict(weight_files(self.manifest)).get(rank, {})
+        paths = {name: self.find(name) for name in files}
+        problems = [
+            damage for name, path in paths.items() if (damage := _damage(path, files[name]))
+        ]
+        if paths and not problems:
+            opened = [SafetensorsFile(path) for path in paths.values()]
+            names = {name for file in opened for name in file.specs}
+            problems += wrong_tensors(self.manifest, rank, opened)
+            problems += self._check_index(names) if rank is None else []
+            self.names |= names
         if problems:
             raise OutputError(*problems, hint="fetch the files again, or convert again")
 
@@ -249,7 +245,7 @@ class TpgptqConfig(QuantizationConfig):  # type: ignore[misc]
                 hint="merge the adapter before quantising",
             )
         output.check_config(self.stated)
-        output.check_files(range(0))
+        output.check_files(None)
         # vLLM fuses layers: qkv_proj is q_proj, k_proj and v_proj of the output.
         parent, _, leaf = prefix.rpartition(".")
         names = [f"{parent}.{name}" for name in self.packed_modules_mapping.get(leaf, [leaf])]
@@ -304,7 +300,8 @@ class TpgptqLinearMethod(LinearMethodBase):  # type: ignore[misc]
     ) -> None:
         """Register parameters of this rank's sizes, as the output stores them."""
         self.shards = self.output.shards(layer.tp_rank, layer.tp_size)
-        self.output.check_files(self.shards)
+        for shard in self.shards:
+            self.output.check_files(shard)
         first = self.modules[0]
         self.row = first["parallel"] == "row"
         self.degree, self.dtype = layer.tp_size, params_dtype
