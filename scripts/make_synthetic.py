@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from tpgptq_convert.families import FAMILIES, Axis, Linear
+from tpgptq_convert.manifest import WEIGHTS_INDEX
 from tpgptq_convert.source import TensorSpec
 from tpgptq_convert.writer import Parts, write_json
 
@@ -181,9 +182,7 @@ def write_weights(directory: Path, maker: Maker, max_bytes: int) -> int:
     for name, _, make in maker.tensors():
         parts.write(name, make())
     if len(parts.files) > 1:
-        weight_map = dict(sorted(parts.weight_map.items()))
-        index = {"metadata": {"total_size": parts.total_size}, "weight_map": weight_map}
-        write_json(directory / "model.safetensors.index.json", index)
+        write_json(directory / WEIGHTS_INDEX, parts.index)
     return parts.total_size
 
 

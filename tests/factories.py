@@ -210,6 +210,13 @@ def _write_files(
     )
 
 
+def edit_text(path: Path, old: str, new: str) -> None:
+    """Replace a text that must be there."""
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
 def edit_tensors(path: Path, edit: Any) -> None:
     """Rewrite a safetensors file after edit(tensors) changed the dictionary in place."""
     from safetensors.torch import load_file

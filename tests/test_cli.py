@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import Result
+from factories import edit_text
 
 import tpgptq_convert.errors as errors
 from tpgptq_convert.cli import cli
@@ -54,8 +55,7 @@ def test_a_config_that_denies_act_order_is_damage(
     """vLLM believes config.json alone; the conversion is of the tensors, whatever is said."""
     model = shutil.copytree(tiny, tmp_path / "model")
     for name in files:
-        text = (model / name).read_text()
-        (model / name).write_text(text.replace('"desc_act": true', '"desc_act": false'))
+        edit_text(model / name, '"desc_act": true', '"desc_act": false')
     shown = tpgptq("inspect", model)
     assert shown.exit_code == 0
     assert "desc_act: false, but 28 of 28 layers have a g_idx that is not seq" in shown.stdout

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from click.testing import Result
 from compare_vllm import ask_server, engine, judge, make_reference, server, settings, texts_of
-from factories import edit_tensors, make_checkpoint
+from factories import edit_tensors, edit_text, make_checkpoint
 
 from tpgptq_convert.manifest import weights_digest
 from tpgptq_convert.writer import checksum
@@ -68,16 +68,14 @@ class Jobs:
             "reference": str(reference),
         }
 
-    def run(self, **env: str) -> None:
+    def run(self, *first: str) -> None:
+        """Run them; `first` are directories to import from before all others."""
         answers = self.directory / "answers.json"
-        paths = [str(HERE), str(HERE.parent / "scripts")]
-        extra = env.pop("PYTHONPATH", None)
+        paths = os.pathsep.join([*first, str(HERE), str(HERE.parent / "scripts")])
         done = subprocess.run(
             [sys.executable, str(HERE / "vllm_jobs.py"), str(answers)],
             input=json.dumps(list(self.jobs.values())),
-            env=os.environ
-            | {"PYTHONPATH": os.pathsep.join([*([extra] if extra else []), *paths])}
-            | env,
+            env=os.environ | {"PYTHONPATH": paths},
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -163,9 +161,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, tpgptq: Run, tiny: Path) ->
     jobs.add("source", tiny, tiny)
     believed = shutil.copytree(tiny, directory / "believed")
     for name in ("config.json", "quantize_config.json"):
-        if (believed / name).exists():
-            text = (believed / name).read_text()
-            (believed / name).write_text(text.replace('"desc_act": true', '"desc_act": false'))
+        edit_text(believed / name, '"desc_act": true', '"desc_act": false')
     jobs.add("believed", tiny, believed)
     jobs.run()
     return jobs
@@ -244,19 +240,18 @@ def misused(tmp_path_factory: pytest.TempPathFactory, tpgptq: Run, tiny: Path) -
     directory = tmp_path_factory.mktemp("misused")
     jobs = Jobs(directory, tpgptq)
 
-    def copy(name: str, tp: int = 1, layout: str = "ranks") -> Path:
-        return shutil.copytree(jobs.convert(tiny, tp, layout), directory / name)
+    def copy(name: str, layout: str = "ranks") -> Path:
+        return shutil.copytree(jobs.convert(tiny, 1, layout), directory / name)
 
-    def edit(path: Path, old: str, new: str) -> None:
-        text = path.read_text()
-        assert old in text
-        path.write_text(text.replace(old, new))
+    def say(name: str, key: str, old: str, new: str, file: str = "config.json") -> None:
+        edit_text(copy(name) / file, f'"{key}": {old}', f'"{key}": {new}')
 
-    edit(copy("config") / "config.json", '"format_version": 1', '"format_version": 2')
-    edit(copy("manifest") / "tpgptq.json", '"format_version": 1', '"format_version": 2')
-    edit(
-        copy("config-size") / "config.json", '"intermediate_size": 704', '"intermediate_size": 768'
-    )
+    say("config", "format_version", "1", "2")
+    say("manifest", "format_version", "1", "2", "tpgptq.json")
+    say("config-size", "intermediate_size", "704", "768")
+    say("layers", "num_hidden_layers", "4", "5")
+    say("bias", "attention_bias", "false", "true")
+    say("heads", "num_key_value_heads", "2", "1")
     (copy("file") / "model-rank-0-part-0.safetensors").unlink()
     (copy("index") / "model.safetensors.index.json").unlink()
     (copy("json") / "tpgptq.json").unlink()
@@ -269,11 +264,6 @@ def misused(tmp_path_factory: pytest.TempPathFactory, tpgptq: Run, tiny: Path) -
     for name, values in (("perm", {3: 300}), ("leaves", {3: 4, 4: 4})):
         spoil(copy(name, layout="merged"), "model.layers.0.self_attn.o_proj.perm", values)
     (copy("listed") / "model.safetensors.index.json").write_text('{"weight_map": {}}')
-    layers = '"num_hidden_layers": '
-    edit(copy("layers") / "config.json", f"{layers}4", f"{layers}5")
-    edit(copy("bias") / "config.json", '"attention_bias": false', '"attention_bias": true')
-    heads = '"num_key_value_heads": '
-    edit(copy("heads") / "config.json", f"{heads}2", f"{heads}1")
     names = ("config", "manifest", "config-size", "file", "index", "json", "short", "perm")
     names += ("listed", "layers", "bias", "heads", "leaves")
     for name in (*names, "sum-unasked"):
@@ -400,7 +390,7 @@ def test_the_last_vllm_that_runs_act_order_agrees(tpgptq: Run, tiny: Path, tmp_p
     jobs.add("source", tiny, tiny)
     jobs.add("ranks", tiny, jobs.convert(tiny, 1))
     jobs.add("merged", tiny, jobs.convert(tiny, 2, "merged"), 2)
-    jobs.run(PYTHONPATH=os.environ["TPGPTQ_OLD_VLLM"])
+    jobs.run(os.environ["TPGPTQ_OLD_VLLM"])
     for answer in jobs.answers.values():
         assert_close(answer)
 

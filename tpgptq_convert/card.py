@@ -20,7 +20,7 @@ activations; `tpgptq-index.safetensors` says where each of them came from.
 
 {files}
 
-Serve it with vLLM, in the environment of which `pip install tpgptq-convert` was run:
+Serve it with vLLM, in an environment that has `tpgptq-convert` too:
 
 ```
 vllm serve . --tensor-parallel-size {tp}
@@ -33,10 +33,9 @@ torchrun --nproc-per-node {tp} tpgptq_runtime.py --prompt "Once upon a time"
 ```
 
 Engines that know plain GPTQ alone must not load it: they would ignore `perm`, and the group size of
-attention's output layer. It runs at tensor-parallel degree {tp} (in vLLM at
-divisors too). A LoRA adapter of the MLP,
-made for the source, must be permuted along with the channels: `mlp.*.rows` and `mlp.*.cols` of the
-index file say how.
+attention's output layer. It runs at tensor-parallel degree {tp} (in vLLM at its divisors too). A
+LoRA adapter of the MLP, made for the source, must be permuted along with the channels: `mlp.*.rows`
+and `mlp.*.cols` of the index file say how.
 """
 
 

@@ -5,8 +5,9 @@ Reads headers, g_idx and biases; never qweight or scales, and never torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class Layer:
     def groups(self) -> int:
         return self.scales.shape[0]
 
-    @property
+    @cached_property
     def act_order(self) -> bool:
         """Whether the rows' groups are anything but consecutive."""
         return not np.array_equal(self.g_idx, np.arange(self.in_features) // self.group_size)
@@ -104,6 +105,7 @@ def read_checkpoint(directory: Path) -> Checkpoint:
     if reader.problems:
         raise CheckpointError(*reader.problems, hint=reader.hint)
     layers = tuple(tuple(layer for layer in block if layer) for block in blocks)
+    ordered = [layer.act_order for block in layers for layer in block]
     return Checkpoint(
         source=source,
         config=config,
@@ -112,8 +114,8 @@ def read_checkpoint(directory: Path) -> Checkpoint:
         geometry=geometry,
         blocks=layers,
         shared=shared,
-        damage=_damage(quant, layers),
-        notes=_notes(quant, layers, reader.zero_biases),
+        damage=_damage(quant, ordered),
+        notes=_notes(quant, ordered, reader.zero_biases),
     )
 
 
@@ -131,26 +133,22 @@ def _all(*steps: Callable[[], Any]) -> list[Any]:
     return results
 
 
-def _damage(quant: QuantConfig, blocks: tuple[tuple[Layer, ...], ...]) -> tuple[str, ...]:
-    layers = [layer for block in blocks for layer in block]
-    ordered = sum(layer.act_order for layer in layers)
-    if not ordered or not quant.denied_in:
+def _damage(quant: QuantConfig, ordered: Sequence[bool]) -> tuple[str, ...]:
+    """Of a checkpoint of which each layer is, or is not, act-ordered."""
+    if not any(ordered) or not quant.denied_in:
         return ()
     says = "say" if len(quant.denied_in) > 1 else "says"
     return (
-        f"{' and '.join(quant.denied_in)} {says} desc_act: false, but {ordered} of {len(layers)} "
-        "layers have a g_idx that is not sequential. Servers that believe it (vLLM 0.30 and later) "
-        "drop g_idx and answer nonsense; the tensors are right, and are what convert goes by",
+        f"{' and '.join(quant.denied_in)} {says} desc_act: false, but {sum(ordered)} of "
+        f"{len(ordered)} layers have a g_idx that is not sequential. Servers that believe it "
+        "(vLLM 0.30 and later) drop g_idx and answer nonsense; the tensors are right, and are what "
+        "convert goes by",
     )
 
 
-def _notes(
-    quant: QuantConfig, blocks: tuple[tuple[Layer, ...], ...], zero_biases: int
-) -> tuple[str, ...]:
-    layers = [layer for block in blocks for layer in block]
-    ordered = sum(layer.act_order for layer in layers)
+def _notes(quant: QuantConfig, ordered: Sequence[bool], zero_biases: int) -> tuple[str, ...]:
     notes = []
-    if not ordered and quant.desc_act:
+    if not any(ordered) and quant.desc_act:
         notes.append(
             "the config says desc_act: true, but every g_idx is sequential: the groups are plain "
             "already"

@@ -177,7 +177,7 @@ def convert(
     """
     from tpgptq_convert.checkpoint import read_checkpoint
     from tpgptq_convert.plan import make_plans
-    from tpgptq_convert.report import describe, render
+    from tpgptq_convert.report import describe, remarks, render
 
     checkpoint = read_checkpoint(model)
     plans = make_plans(checkpoint, dict.fromkeys(degrees), int(row_group))
@@ -187,10 +187,9 @@ def convert(
         return
     quiet = quiet or as_json
     if not quiet:
-        for damage in checkpoint.damage:
-            click.echo(f"Damaged: {damage}", err=True)
-        for note in (*checkpoint.notes, *(note for plan in plans for note in plan.notes)):
-            click.echo(f"Note: {note}", err=True)
+        notes = (*checkpoint.notes, *(note for plan in plans for note in plan.notes))
+        for remark in remarks(checkpoint.damage, notes):
+            click.echo(remark, err=True)
 
     from tpgptq_convert import convert as conversion
 

@@ -237,13 +237,7 @@ class _Output:
             (self.directory / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source.directory / path, self.directory / path)
         shutil.copyfile(RUNTIME, self.directory / RUNTIME.name)
-        write_json(
-            self.directory / WEIGHTS_INDEX,
-            {
-                "metadata": {"total_size": self._shared.total_size},
-                "weight_map": dict(sorted(self._shared.weight_map.items())),
-            },
-        )
+        write_json(self.directory / WEIGHTS_INDEX, self._shared.index)
         if self.options.layout == "merged":
             weights: dict[str, Any] = {"merged": self._shared.files}
         else:

@@ -145,7 +145,6 @@ def wrong_tensors(
     where = "the shared files" if rank is None else f"the files of rank {rank}"
     of_modules = set()
     for name, module in manifest["modules"].items():
-        biases = {f"{name}.bias"} if (module["parallel"] == "row") == (rank is None) else set()
         wanted: Mapping[str, TensorSpec] = {}
         if merged or rank is not None:
             wanted = _module_tensors(manifest, module, specs.get(f"{name}.scales"))
@@ -162,7 +161,8 @@ def wrong_tensors(
                     f"{name}.{part}: is {found.dtype} {list(found.shape)}; must be "
                     f"{spec.dtype} {list(spec.shape)}"
                 )
-        of_modules |= biases
+        if module["parallel"] == "row" and rank is None:  # a bias that is added once
+            of_modules.add(f"{name}.bias")
     for name in specs.keys() - of_modules:
         if rank is not None or name.rpartition(".")[0] in manifest["modules"]:
             yield f"{name}: doesn't belong into {where}"

@@ -142,10 +142,14 @@ def render(report: dict[str, Any]) -> str:
             "rows: per rank, in groups of g, times as many in all as the source has.",
         ]
     notes = [*report["notes"], *(note for degree in report["degrees"] for note in degree["notes"])]
-    remarks = [f"Damaged: {damage}" for damage in report["damage"]]
-    remarks += [f"Note: {note}" for note in notes]
-    lines += ["", *remarks] if remarks else []
+    said = remarks(report["damage"], notes)
+    lines += ["", *said] if said else []
     return "\n".join(lines)
+
+
+def remarks(damage: Iterable[str], notes: Iterable[str]) -> list[str]:
+    """What a person should know, a line each."""
+    return [*(f"Damaged: {text}" for text in damage), *(f"Note: {text}" for text in notes)]
 
 
 def _rows(degree: dict[str, Any], layer: dict[str, Any]) -> str:

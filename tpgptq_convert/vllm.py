@@ -101,6 +101,14 @@ class Output:
         self.tensors = cache(self.checkpoint.rank)  # of one rank: module -> part -> tensor
         self.check_files = cache(self._check_files)
         self.names: set[str] = set()  # of the tensors in the files checked
+        heads, keys = self.manifest["heads"], ("sym", "checkpoint_format", "tp", "layout")
+        self.config = {  # what config.json must say
+            "num_attention_heads": heads.get("padded_query"),
+            "num_key_value_heads": heads.get("padded_kv"),
+            "intermediate_size": self.manifest["intermediate"].get("padded"),
+            "weights_sha256": weights_digest(self.manifest),
+            **{key: self.manifest[key] for key in keys},
+        }
         if self.manifest["bits"] != BITS:
             raise UnsupportedError(
                 f"{model}: has weights of {self.manifest['bits']} bits; must be of {BITS}",
@@ -155,18 +163,10 @@ class Output:
 
     def check_config(self, config: Mapping[str, Any]) -> None:
         """Raise OutputError unless config.json has the manifest's heads, channels and weights."""
-        heads = self.manifest["heads"]
-        stated = {
-            "num_attention_heads": heads.get("padded_query"),
-            "num_key_value_heads": heads.get("padded_kv"),
-            "intermediate_size": self.manifest["intermediate"].get("padded"),
-            "weights_sha256": weights_digest(self.manifest),
-            **{key: self.manifest[key] for key in ("sym", "checkpoint_format", "tp", "layout")},
-        }
         problems = [
             f"{self.model}: {key} is {config[key]} in config.json and {value} in {MANIFEST}; must "
             "be the same"
-            for key, value in stated.items()
+            for key, value in self.config.items()
             if config.get(key, value) != value
         ]
         if problems:

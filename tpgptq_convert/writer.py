@@ -52,6 +52,12 @@ class Parts:
         self.files: dict[str, dict[str, Any]] = {}
         self._current: _Part | None = None
 
+    @property
+    def index(self) -> dict[str, Any]:
+        """The Hugging Face index of the files: which tensor stands in which."""
+        weight_map = dict(sorted(self.weight_map.items()))
+        return {"metadata": {"total_size": self.total_size}, "weight_map": weight_map}
+
     def write(self, name: str, tensor: Tensor) -> None:
         """Append the next tensor."""
         if self._current is None:
