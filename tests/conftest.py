@@ -1,12 +1,17 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
 from tpgptq_convert.cli import cli
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when the kernels are imported
 
 TINY = Path(__file__).parent / "checkpoints" / "tiny-llama-gptq-4bit-64g"
 

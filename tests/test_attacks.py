@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -52,15 +54,15 @@ def test_a_failure_in_the_middle_is_told_in_words(
 ) -> None:
     from tpgptq_convert import writer
 
-    real, calls = writer._Part.write, []
+    real, calls = writer.Part.write, []
 
-    def fail(*arguments: Any) -> None:
+    def fail(*arguments: Any) -> Any:
         calls.append(1)
         if len(calls) == 9:
             raise OSError(28, "No space left on device")
-        real(*arguments)
+        return real(*arguments)
 
-    monkeypatch.setattr(writer._Part, "write", fail)
+    monkeypatch.setattr(writer.Part, "write", fail)
     model = make_checkpoint(tmp_path / "m")
     out = tmp_path / "out"
     refused(tpgptq("convert", "--tp", 2, "--layout", layout, model, out), "No space left")
@@ -94,7 +96,7 @@ def test_scales_that_are_not_finite(tpgptq: Run, tmp_path: Path, value: float) -
 
 
 def test_a_foreign_directory_where_a_failed_output_would_go(tpgptq: Run, tmp_path: Path) -> None:
-    from tpgptq_convert import convert as module
+    from tpgptq_convert import verify as module
 
     model = make_checkpoint(tmp_path / "m")
     (tmp_path / "out.failed").write_text("mine")
@@ -255,3 +257,125 @@ def test_the_runtime_names_what_is_damaged(tpgptq: Run, tmp_path: Path) -> None:
     (out / "tpgptq.json").write_text("{")
     with pytest.raises(FormatError, match="not a JSON object"):
         Checkpoint(out)
+
+
+def edit_manifest(out: Path, edit: Callable[[dict[str, Any]], Any]) -> None:
+    manifest = json.loads((out / "tpgptq.json").read_text())
+    edit(manifest)
+    (out / "tpgptq.json").write_text(json.dumps(manifest))
+
+
+def unlist(name: str) -> Callable[[Path], None]:
+    def damage(out: Path) -> None:
+        (out / name).unlink()
+        edit_manifest(out, lambda manifest: manifest["files"]["other"].pop(name))
+
+    return damage
+
+
+def stated_symmetric(out: Path) -> None:
+    edit_manifest(out, lambda manifest: manifest.update(sym=True))
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"]["sym"] = True
+    (out / "config.json").write_text(json.dumps(config))
+
+
+def a_key_that_servers_obey(out: Path) -> None:
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"]["dynamic"] = {"-:.*": {}}
+    (out / "config.json").write_text(json.dumps(config))
+
+
+def vectors(name: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+    def damage(out: Path) -> None:
+        index = out / "tpgptq-index.safetensors"
+        edit_tensors(index, lambda t: t.update({name: change(t[name])}))
+
+    return damage
+
+
+def scaled_padding(out: Path) -> None:
+    def scale(t: Tensors) -> None:
+        groups = t[f"{DOWN}.scales"]
+        empty = (groups == 0).all(dim=1)
+        assert empty.any()
+        groups[empty] = 1
+
+    edit_tensors(out / "model-rank-1-part-0.safetensors", scale)
+
+
+def sized(name: str, size: int) -> Callable[[Path], None]:
+    return lambda out: edit_manifest(
+        out, lambda manifest: manifest["modules"][name].update(out_features=size)
+    )
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (stated_symmetric, "tpgptq.json: sym is True; must be False"),
+        (a_key_that_servers_obey, "dynamic doesn't belong there"),
+        (unlist("tpgptq_runtime.py"), "files don't list tpgptq_runtime.py"),
+        (unlist("model.safetensors.index.json"), "files don't list model.safetensors.index"),
+        (lambda out: edit_manifest(out, lambda m: m["source"].update(files={})), "source.files"),
+        (lambda out: edit_manifest(out, lambda m: m["source"].update(files=[1])), "source.files"),
+        (lambda out: edit_manifest(out, lambda m: m.update(tp=10**9)), "must be a list of"),
+        (vectors(f"{Q0}.cols", lambda v: v - 1), f"Error: {Q0}: rank 0: "),
+        (vectors(f"{Q0}.cols", lambda v: v[:, :0]), "rank 0: 0 cols in"),
+        (vectors(f"{Q0}.rows", lambda v: v[:, :0]), "rank 0: 0 rows in"),
+        (sized("model.layers.0.self_attn.k_proj", 8), "out_features is 8; must be"),
+        (sized("model.layers.0.mlp.up_proj", 8), "out_features is 8; must be"),
+        (sized("model.layers.0.self_attn.o_proj", 32), "out_features is 32; must be 64"),
+        (scaled_padding, "rank 1: groups of padding alone are not exactly zero"),
+    ],
+)
+def test_what_verify_once_accepted_or_fell_over(
+    tpgptq: Run, tmp_path: Path, damage: Callable[[Path], None], told: str
+) -> None:
+    model = make_checkpoint(tmp_path / "m", sym=False, quant={"sym": None}, intermediate=96)
+    out = converted(tpgptq, model, tmp_path / "out")
+    damage(out)
+    refresh(out)
+    refused(tpgptq("verify", model, out), told, code=1 if told == "must be a list of" else 3)
+
+
+def test_a_vector_too_many(tpgptq: Run, tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "m")
+    out = converted(tpgptq, model, tmp_path / "out")
+    edit_tensors(out / "tpgptq-index.safetensors", lambda t: t.update(x=torch.zeros(1).int()))
+    refresh(out)
+    refused(tpgptq("verify", model, out), "x: doesn't belong into tpgptq-index", code=3)
+
+
+def test_merged_columns_beyond_those_of_the_ranks(tpgptq: Run, tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "m")
+    out = converted(tpgptq, model, tmp_path / "out", "--layout", "merged")
+
+    def widen(t: Tensors) -> None:
+        for part in ("qweight", "qzeros", "scales"):
+            first, last = t[f"{Q0}.{part}"].chunk(2, dim=1)
+            t[f"{Q0}.{part}"] = torch.cat([first, first, last, last], dim=1)
+
+    edit_tensors(out / MERGED, widen)
+    refresh(out)
+    refused(tpgptq("verify", model, out), f"{Q0}: rank 0: ", code=3)
+
+
+def test_directories_made_for_an_output_that_failed_are_removed(
+    tpgptq: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> int:
+        raise OSError(5, "Input/output error")
+
+    model = make_checkpoint(tmp_path / "m")
+    monkeypatch.setattr(os, "pwrite", fail)
+    refused(tpgptq("convert", "--tp", 2, model, tmp_path / "a" / "b" / "out"), "Input/output")
+    assert [path.name for path in tmp_path.iterdir()] == ["m"]
+
+
+def test_more_files_than_may_be_open(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "m", blocks=8)
+    command = f'ulimit -n 100; exec "{sys.executable}" -m tpgptq_convert convert --tp 2'
+    command += f' -q --max-shard-size 1KB "{model}" "{tmp_path / "out"}"'
+    assert subprocess.run(["bash", "-c", command], check=False).returncode == 0
+    assert len(list((tmp_path / "out").glob("model-rank-*"))) > 200

@@ -361,7 +361,7 @@ def test_overwrite_leaves_what_is_not_ours(
 def test_what_comes_into_being_meanwhile_is_not_replaced(
     tpgptq: Run, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tpgptq_convert import convert as module
+    from tpgptq_convert import verify as module
 
     out = tmp_path / "out"
 
@@ -677,7 +677,7 @@ def test_a_failed_verification_keeps_the_output_aside(
 ) -> None:
     from tpgptq_convert import convert as module
 
-    def clumsy(*arguments: Any) -> Iterator[dict[str, torch.Tensor]]:
+    def clumsy(*arguments: Any) -> Iterator[dict[str, Any]]:
         for tensors in real(*arguments):
             tensors["qweight"][0, 0] ^= 1
             yield tensors

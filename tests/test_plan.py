@@ -14,13 +14,14 @@ import torch
 from factories import NAMES, dequantise, make_g_idx, make_layer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from plain import packed
 
 from tpgptq_convert.checkpoint import Checkpoint, Layer
 from tpgptq_convert.config import QuantConfig
 from tpgptq_convert.errors import DegreeError
 from tpgptq_convert.families import FAMILIES, LLAMA, Axis
 from tpgptq_convert.plan import Plan, Shard, legal_degrees, make_plans
-from tpgptq_convert.repack import Packed, repack
+from tpgptq_convert.repack import open_device, repack
 from tpgptq_convert.source import TensorSpec
 
 BY_NAME = {name: short for short, name in NAMES.items()}
@@ -175,8 +176,8 @@ def test_the_sum_over_the_ranks_equals_the_source(model: Model, data: st.DataObj
             weights, perms = {}, {}
             for layer in model.checkpoint.blocks[index]:
                 t, shard = tensors[layer.name], shards[layer.name][rank]
-                packed = Packed(t["qweight"], t["qzeros"], t["scales"])
-                (stored,) = repack(packed, [shard], quant)
+                (arrays,) = repack(packed(t), [[shard]], quant, open_device("cpu"))
+                stored = {part: torch.from_numpy(array) for part, array in arrays.items()}
                 short = BY_NAME[layer.linear.name]
                 group_of_row = np.arange(len(shard.rows)) // shard.group_size
                 weights[short] = dequantise(stored, group_of_row)

@@ -49,7 +49,7 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]
 
 def test_every_command_runs(ran: tuple[Path, dict[str, str]]) -> None:
     assert {command.split()[0] for command in ran[1]} == {"tpgptq", "torchrun"}
-    assert len(ran[1]) == 7
+    assert len(ran[1]) == 8
 
 
 def test_the_table_shown_is_the_table_printed(ran: tuple[Path, dict[str, str]]) -> None:
@@ -59,7 +59,7 @@ def test_the_table_shown_is_the_table_printed(ran: tuple[Path, dict[str, str]]) 
 
 
 def test_the_generated_text_continues_the_prompt(ran: tuple[Path, dict[str, str]]) -> None:
-    (printed,) = [text for command, text in ran[1].items() if "torchrun" in command]
+    (printed,) = [text for command, text in ran[1].items() if "--prompt" in command]
     assert printed.startswith("Return the list of")
 
 

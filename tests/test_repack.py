@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -10,20 +11,15 @@ import torch
 from factories import dequantise, make_g_idx, make_layer, slow_pack_rows, slow_unpack_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain import gpu, packed, plain_repack, same
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from tpgptq_convert import packing
 from tpgptq_convert.config import QuantConfig
+from tpgptq_convert.packing import pack_cols, pack_rows, unpack_cols, unpack_rows, zero_points
 from tpgptq_convert.plan import Shard
-from tpgptq_convert.repack import (
-    Packed,
-    pack_cols,
-    pack_rows,
-    repack,
-    unpack_cols,
-    unpack_rows,
-    zero_points,
-)
+from tpgptq_convert.repack import open_device, repack
 
 GOLDEN = Path(__file__).parent / "golden"
 SYM = QuantConfig(4, 32, True, True, False, "gptq")
@@ -78,9 +74,12 @@ def test_dequantised_source_equals_autogptq_bit_for_bit(kind: str) -> None:
     layers = golden_layers(kind)
     assert {"a", "b", "c", "d", "e"} <= {name for name, _ in layers}
     for name, t in layers:
-        layer = Packed(t["qweight"], t["qzeros"], t["scales"]).unpack(SYM)
-        ours = layer.dequantise(t["g_idx"].long(), SYM, torch.float16)
-        assert torch.equal(ours, t["weight"]), name
+        assert torch.equal(weight_of(t, t["g_idx"]), t["weight"]), name
+
+
+def weight_of(t: Mapping[str, torch.Tensor], g_idx: torch.Tensor) -> torch.Tensor:
+    parts = t["qweight"], t["qzeros"], t["scales"]
+    return packing.dequantise(*parts, g_idx.long(), SYM, torch.float16)
 
 
 def test_the_oracle_reads_a_stored_15_as_16() -> None:
@@ -105,14 +104,20 @@ def test_reassembled_shards_equal_autogptq_bit_for_bit(kind: str, tp: int) -> No
         for rank in range(tp):
             own = np.arange(rank * k // tp, (rank + 1) * k // tp, dtype=np.int32)
             shard = bucketed_by_hand(own, g_idx, 8 if size < k else len(own), n)
-            (tensors,) = repack(Packed(t["qweight"], t["qzeros"], t["scales"]), [shard], SYM)
-            plain = Packed(**tensors).unpack(SYM)
-            group_of_row = torch.arange(len(shard.rows)) // shard.group_size
-            weight = plain.dequantise(group_of_row, SYM, torch.float16)
+            (tensors,) = repacked(t, [shard], SYM)
+            weight = weight_of(tensors, torch.arange(len(shard.rows)) // shard.group_size)
             real = shard.rows >= 0
             seen[shard.rows[real]] = weight[real]
             assert (weight[~real] == 0).all()
         assert torch.equal(seen, t["weight"]), name
+
+
+def repacked(
+    layer: Mapping[str, torch.Tensor], shards: list[Shard], quant: QuantConfig
+) -> list[dict[str, torch.Tensor]]:
+    """By the CPU's executor."""
+    results = repack(packed(dict(layer)), ([s] for s in shards), quant, open_device("cpu"))
+    return [{part: torch.from_numpy(a) for part, a in tensors.items()} for tensors in results]
 
 
 def bucketed_by_hand(rows: np.ndarray, g_idx: np.ndarray, unit: int, n: int) -> Shard:
@@ -145,8 +150,7 @@ def test_repack_equals_the_slow_version(seed: int, sym: bool, v2: bool) -> None:
     shard = bucketed_by_hand(rows, g_idx, 8, n)
     cols = rng.permutation(np.append(rng.permutation(n)[:13], [-1, -1, -1])).astype(np.int32)
     shard = Shard(shard.rows, cols, shard.groups, 8, None)
-    layer = Packed(source["qweight"], source["qzeros"], source["scales"])
-    (tensors,) = repack(layer, [shard], quant)
+    (tensors,) = repacked(source, [shard], quant)
     weight = dequantise(tensors, np.arange(len(shard.rows)) // 8, v2)
     expected = torch.zeros(len(shard.rows), len(cols), dtype=torch.float64)
     full = dequantise(source, g_idx, v2)
@@ -161,3 +165,69 @@ def test_golden_files_say_where_they_come_from() -> None:
     for kind in ("sym", "asym"):
         with safe_open(GOLDEN / f"autogptq-{kind}.safetensors", framework="np") as file:
             assert file.metadata()["auto_gptq"] == "0.7.1"
+
+
+@st.composite
+def any_repacking(
+    draw: st.DrawFn,
+) -> tuple[dict[str, torch.Tensor], list[Shard], QuantConfig]:
+    """A random layer and shards of it: padding, absent columns, empty groups."""
+    bits = draw(st.sampled_from([2, 4, 8]))
+    per_word, size = 32 // bits, draw(st.sampled_from([16, 32, 48]))
+    rng = np.random.default_rng(draw(st.integers(0, 999)))
+    groups, n = draw(st.integers(1, 4)), per_word * draw(st.integers(1, 12))
+    k = groups * size
+    words = {"qweight": (k // per_word, n), "qzeros": (groups, n // per_word)}
+    layer = {
+        name: torch.from_numpy(rng.integers(0, 1 << 32, shape, dtype=np.uint32).view(np.int32))
+        for name, shape in words.items()
+    }
+    # No zero point that a padding row can't hold: such checkpoints are refused before.
+    layer["qzeros"] &= int.from_bytes(
+        bytes([255 // (2**bits - 1) * (2**bits - 2)]) * 4, "little", signed=True
+    )
+    dtype = draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32]))
+    layer["scales"] = torch.from_numpy(rng.uniform(0.5, 1.5, (groups, n))).to(dtype)
+    if draw(st.booleans()):
+        layer["bias"] = torch.from_numpy(rng.uniform(-1, 1, n)).half()
+    g_idx = make_g_idx(rng, k, size)
+    shards = []
+    for _ in range(draw(st.integers(1, 3))):
+        unit = draw(st.sampled_from([16, size]))
+        shard = bucketed_by_hand(np.flatnonzero(rng.random(k) < 0.7), g_idx, unit, n)
+        more = draw(st.integers(0, 2))
+        rows = np.append(shard.rows, np.full(more * unit, -1)).astype(np.int32)
+        of_group = np.append(shard.groups, np.full(more, -1)).astype(np.int32)
+        cols = np.arange(n, dtype=np.int32)
+        if draw(st.booleans()):
+            cols = rng.permutation(np.append(cols, np.full(per_word, -1, np.int32)))
+        elif draw(st.booleans()):
+            cols = cols[: per_word * (n // per_word // 2 + 1)]
+        perm = rng.permutation(len(rows)).astype(np.int32) if draw(st.booleans()) else None
+        if len(rows):
+            shards.append(Shard(rows, cols, of_group, unit, perm))
+    quant = QuantConfig(bits, size, None, True, False, draw(st.sampled_from(["gptq", "gptq_v2"])))
+    return layer, shards, quant
+
+
+@settings(deadline=None)
+@given(any_repacking())
+def test_the_cpu_gives_the_plain_executors_bytes(
+    case: tuple[dict[str, torch.Tensor], list[Shard], QuantConfig],
+) -> None:
+    layer, shards, quant = case
+    results = list(repack(packed(layer), ([s] for s in shards), quant, open_device("cpu")))
+    for shard, tensors in zip(shards, results, strict=True):
+        assert same(tensors, plain_repack(layer, shard, quant))
+
+
+@settings(deadline=None, max_examples=20)
+@given(any_repacking())
+def test_the_triton_kernel_gives_the_plain_executors_bytes(
+    case: tuple[dict[str, torch.Tensor], list[Shard], QuantConfig],
+) -> None:
+    """On a GPU, or where there is none in Triton's interpreter."""
+    layer, shards, quant = case
+    results = list(repack(packed(layer), ([s] for s in shards), quant, gpu()))
+    for shard, tensors in zip(shards, results, strict=True):
+        assert same(tensors, plain_repack(layer, shard, quant))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes.util
+import functools
 import json
 import re
 import signal
@@ -11,14 +13,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 import click
 
 from tpgptq_convert.errors import OutputError, TpgptqError, VerificationError
-
-if TYPE_CHECKING:
-    import torch
+from tpgptq_convert.processes import Processes, is_first, joined
+from tpgptq_convert.progress import Advance, Progress
 
 PROBLEMS_SHOWN = 20
 SETTINGS = {"help_option_names": ["-h", "--help"]}
@@ -38,16 +39,22 @@ class Group(click.Group):
         except (OSError, UnicodeError) as error:
             name = getattr(error, "filename", None)
             what = getattr(error, "strerror", None) or error
-            click.echo(f"Error: {_printable(f'{name}: {what}' if name else str(what))}", err=True)
-            click.echo("Hint: check that the files can be read, and their names", err=True)
+            problem = _printable(f"{name}: {what}" if name else str(what))
+            _complain(problem, hint="check that the files can be read, and their names")
             ctx.exit(1)
         except TpgptqError as error:
-            for problem in error.problems[:PROBLEMS_SHOWN]:
-                click.echo(f"Error: {_printable(problem)}", err=True)
-            if len(error.problems) > PROBLEMS_SHOWN:
-                click.echo(f"... and {len(error.problems) - PROBLEMS_SHOWN} more", err=True)
-            click.echo(f"Hint: {error.hint}", err=True)
+            _complain(*map(_printable, error.problems), hint=error.hint)
             ctx.exit(error.exit_code)
+
+
+def _complain(*problems: str, hint: str) -> None:
+    """Once, where several processes run into the same."""
+    if is_first():
+        for problem in problems[:PROBLEMS_SHOWN]:
+            click.echo(f"Error: {problem}", err=True)
+        if len(problems) > PROBLEMS_SHOWN:
+            click.echo(f"... and {len(problems) - PROBLEMS_SHOWN} more", err=True)
+        click.echo(f"Hint: {hint}", err=True)
 
 
 def _printable(text: str) -> str:
@@ -70,24 +77,29 @@ class ByteSize(click.ParamType[int]):
         return int(float(match[1]) * self.units[match[2]])
 
 
-def _device(name: str) -> torch.device:
-    """auto: the GPU where there is one."""
+def _device(name: str, local_rank: int = 0) -> str:
+    """cpu, cuda or cuda:N; auto: the GPU where there is one, each process of torchrun its own."""
+    if name == "cpu" or (name == "auto" and not _has_driver()):
+        return "cpu"
     import torch
 
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = None
-    if device is None or device.type not in ("cpu", "cuda"):
-        raise click.BadParameter(f"{name!r} is not auto, cpu or cuda[:N]", param_hint="--device")
     count = torch.cuda.device_count()
-    if device.type == "cuda" and (device.index or 0) >= count:
+    if name == "auto":
+        return f"cuda:{local_rank % count}" if count else "cpu"
+    match = re.fullmatch(r"cuda(?::(\d{1,3}))?", name)
+    if not match:
+        raise click.BadParameter(f"{name!r} is not auto, cpu or cuda[:N]", param_hint="--device")
+    index = int(match[1]) if match[1] else local_rank % max(count, 1)
+    if index >= count:
         raise click.BadParameter(
             f"{name}: this machine has {count or 'no'} CUDA devices", param_hint="--device"
         )
-    return device
+    return f"cuda:{index}"
+
+
+def _has_driver() -> bool:
+    """Whether a GPU is worth looking for; torch takes two seconds to say so."""
+    return any(map(ctypes.util.find_library, ("cuda", "amdhip64")))
 
 
 model_argument = click.argument("model", type=click.Path(path_type=Path))
@@ -109,6 +121,17 @@ row_group_option = click.option(
     help="Smallest group of attention output rows: less means less padding, but fewer engines "
     "take it.",
 )
+
+
+def among_processes(command: Callable[..., None]) -> Callable[..., None]:
+    """Give a command the processes that torchrun started, or this one alone."""
+
+    @functools.wraps(command)
+    def run(**arguments: Any) -> None:
+        with joined() as processes:
+            command(processes, **arguments)
+
+    return run
 
 
 @click.group(cls=Group, context_settings=SETTINGS, epilog=EPILOG)
@@ -156,7 +179,9 @@ def cli() -> None:
 )
 @quiet_option
 @json_option
+@among_processes
 def convert(
+    processes: Processes,
     model: Path,
     out: Path,
     degrees: tuple[int, ...],
@@ -179,13 +204,15 @@ def convert(
     from tpgptq_convert.plan import make_plans
     from tpgptq_convert.report import describe, remarks, render
 
-    checkpoint = read_checkpoint(model)
-    plans = make_plans(checkpoint, dict.fromkeys(degrees), int(row_group))
+    checkpoint = processes.agree(lambda: read_checkpoint(model))
+    plans = processes.agree(lambda: make_plans(checkpoint, dict.fromkeys(degrees), int(row_group)))
+    as_json = as_json and processes.first
+    quiet = quiet or as_json or not processes.first
     if dry_run:
         report = describe(checkpoint, plans)
-        click.echo(json.dumps(report, indent=2) if as_json else render(report))
+        if processes.first:
+            click.echo(json.dumps(report, indent=2) if as_json else render(report))
         return
-    quiet = quiet or as_json
     if not quiet:
         notes = (*checkpoint.notes, *(note for plan in plans for note in plan.notes))
         for remark in remarks(checkpoint.damage, notes):
@@ -193,11 +220,10 @@ def convert(
 
     from tpgptq_convert import convert as conversion
 
-    options = conversion.Options(layout, max_shard_size, _device(device), overwrite, check)
+    place = _device(device, processes.local_rank)
+    options = conversion.Options(layout, max_shard_size, place, overwrite, check)
     started = time.monotonic()
-    work = conversion.work_bytes(checkpoint, plans, check)
-    with _progress("Converting", work, quiet) as progress:
-        manifests = conversion.convert(checkpoint, plans, out, options, progress)
+    manifests = conversion.convert(checkpoint, plans, out, options, _progress(quiet), processes)
     seconds = time.monotonic() - started
     if as_json:
         click.echo(
@@ -251,7 +277,10 @@ def inspect(model: Path, degrees: tuple[int, ...], row_group: str, as_json: bool
 @device_option
 @quiet_option
 @json_option
-def verify(model: Path, out: Path, device: str, quiet: bool, as_json: bool) -> None:
+@among_processes
+def verify(
+    processes: Processes, model: Path, out: Path, device: str, quiet: bool, as_json: bool
+) -> None:
     """Prove that OUT holds exactly the values of MODEL, and computes the same."""
     from tpgptq_convert.checkpoint import read_checkpoint
     from tpgptq_convert.manifest import read_manifest
@@ -263,10 +292,11 @@ def verify(model: Path, out: Path, device: str, quiet: bool, as_json: bool) -> N
             hint=f"make it: tpgptq convert --tp N {model} {out}",
         )
     manifest = read_manifest(out)
-    checkpoint = read_checkpoint(model)
-    total = sum(map(checkpoint.source_bytes, checkpoint.layers))
-    with _progress("Verifying", total, quiet or as_json) as progress:
-        mismatches = prove(checkpoint, out, _device(device), progress)
+    checkpoint = processes.agree(lambda: read_checkpoint(model))
+    as_json = as_json and processes.first
+    quiet = quiet or as_json or not processes.first
+    place = _device(device, processes.local_rank)
+    mismatches = prove(checkpoint, out, place, _progress(quiet), processes)
     if as_json:
         click.echo(json.dumps({"out": str(out), "ok": not mismatches, "mismatches": mismatches}))
     if mismatches:
@@ -274,7 +304,7 @@ def verify(model: Path, out: Path, device: str, quiet: bool, as_json: bool) -> N
             *mismatches,
             hint=f"if {model} is what it was made from, convert again: {out}/README.md says how",
         )
-    if not (quiet or as_json):
+    if not quiet:
         click.echo(
             f"{out} is {model} at tp {manifest['tp']}: {len(checkpoint.layers)} layers bit for bit "
             f"the same, {checkpoint.geometry.blocks} blocks computed alike",
@@ -282,19 +312,39 @@ def verify(model: Path, out: Path, device: str, quiet: bool, as_json: bool) -> N
         )
 
 
-@contextmanager
-def _progress(label: str, total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr; silent off a terminal or when asked."""
-    hidden = quiet or not sys.stderr.isatty()
-    with click.progressbar(length=total, label=label, file=sys.stderr, hidden=hidden) as bar:
-        yield bar.update
+def _progress(quiet: bool) -> Progress:
+    """Bars on stderr; silent off a terminal or when asked."""
+
+    @contextmanager
+    def bar(label: str, total: int) -> Iterator[Advance]:
+        done = 0
+
+        def state(_: object) -> str:
+            seconds = max(time.monotonic() - started, 1e-3)
+            return f"{done / 1e9:.2f} of {total / 1e9:.2f} GB, {done / seconds / 1e9:.2f} GB/s"
+
+        hidden = quiet or not sys.stderr.isatty()
+        started = time.monotonic()
+        with click.progressbar(
+            length=total, label=label, file=sys.stderr, hidden=hidden, item_show_func=state
+        ) as shown:
+
+            def advance(nbytes: int) -> None:
+                nonlocal done
+                shown.update(min(nbytes, total - done))
+                done = min(done + nbytes, total)
+
+            yield advance
+
+    return bar
 
 
 def main() -> None:
-    """The entry point: SIGTERM ends a run as Ctrl-C does, leaving nothing behind."""
+    """The entry point: SIGTERM and SIGHUP end a run as Ctrl-C does, leaving nothing behind."""
 
     def interrupt(signum: int, frame: FrameType | None) -> NoReturn:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
+    for ending in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(ending, interrupt)
     cli()

@@ -24,6 +24,11 @@ TYPES = {"bits": int, "group_size": int, "sym": bool, "desc_act": bool, "static_
 FORMATS = ("gptq", "gptq_v2")
 
 
+def zero_offset(checkpoint_format: str) -> int:
+    """A zero point less the field of qzeros that stores it: "gptq" stores one less."""
+    return 1 if checkpoint_format == "gptq" else 0
+
+
 @dataclass(frozen=True)
 class QuantConfig:
     """How the checkpoint says it was quantised; `sym` is None where it doesn't say."""
@@ -49,7 +54,7 @@ class QuantConfig:
     @property
     def stored_neutral(self) -> int:
         """The same, as qzeros stores it."""
-        return self.neutral - (self.checkpoint_format == "gptq")
+        return self.neutral - zero_offset(self.checkpoint_format)
 
 
 def read_quant_config(directory: Path, config: dict[str, Any]) -> QuantConfig:

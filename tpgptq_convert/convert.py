@@ -2,36 +2,42 @@
 
 from __future__ import annotations
 
+import heapq
 import importlib.metadata
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 from pathlib import Path
+from threading import Event
 from typing import Any
 
-import numpy as np
-import torch
 from safetensors.numpy import save
 
 from tpgptq_convert.card import model_card
 from tpgptq_convert.checkpoint import Checkpoint, IntArray, Layer
-from tpgptq_convert.errors import CheckpointError, VerificationError
+from tpgptq_convert.errors import VerificationError
 from tpgptq_convert.manifest import (
     FORMAT_VERSION,
     INDEX,
     LAYOUTS,
     MANIFEST,
+    RUNTIME,
     WEIGHTS_INDEX,
     weights_digest,
 )
-from tpgptq_convert.plan import ROW_GROUPS, Plan, Shard, check_zero_points
-from tpgptq_convert.repack import Packed, in_order, repack, workers
+from tpgptq_convert.plan import ROW_GROUPS, Plan, Shard, check_zero_points, stacked
+from tpgptq_convert.processes import Processes
+from tpgptq_convert.progress import Advance, Progress, silent
+from tpgptq_convert.repack import Array, Packed, open_device, repack
 from tpgptq_convert.source import DTYPES, TensorSpec
-from tpgptq_convert.verify import verify
+from tpgptq_convert.threads import cores, threads
 from tpgptq_convert.writer import (
+    Part,
     Parts,
     check_free,
     checksum,
@@ -41,11 +47,14 @@ from tpgptq_convert.writer import (
 )
 
 TOOL = f"tpgptq-convert {importlib.metadata.version('tpgptq-convert')}"
-RUNTIME = Path(__file__).with_name("tpgptq_runtime.py")
 
-LAYERS_AHEAD = 4  # of the one that is being written
+IN_FLIGHT = 1 << 30  # bytes that are read, repacked or written at a time
+MOST_LANES = 8  # of files of one rank that are written at a time
+CHUNK = 1 << 24  # bytes of a tensor that is copied as it is
 
-Progress = Callable[[int], None]
+Write = tuple[Parts, Mapping[str, Array]]  # tensors by their names
+Accept = Callable[[Parts, str], bool]
+Wanted = Mapping[int, Sequence[str]]  # the last parts of tensors' names, by sequence of files
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,7 @@ class Options:
 
     layout: str = "ranks"
     max_shard_size: int = 5_000_000_000
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    device: str = "cpu"  # or cuda, cuda:N
     overwrite: bool = False
     verify: bool = True
 
@@ -70,10 +79,14 @@ class Options:
         return " ".join([*words, plan.checkpoint.name, "OUT"])
 
 
-def work_bytes(checkpoint: Checkpoint, plans: Sequence[Plan], check: bool) -> int:
-    """What the progress counts: the layers' source bytes, once for writing and for each check."""
-    source = sum(checkpoint.source_bytes(layer) for layer in checkpoint.layers)
-    return source * (1 + check * len(plans))
+@dataclass(frozen=True)
+class _Piece:
+    """A bounded amount of work: what it reads, and the writes that come of it."""
+
+    position: float  # of what it writes, as a fraction of the files
+    source_bytes: int
+    nbytes: int  # in memory while it is under way
+    work: Callable[[], list[Write]]
 
 
 def convert(
@@ -81,47 +94,41 @@ def convert(
     plans: Sequence[Plan],
     out: Path,
     options: Options,
-    progress: Progress = lambda _: None,
+    progress: Progress = silent,
+    processes: Processes = Processes(),  # noqa: B008  # it can't be changed
 ) -> list[dict[str, Any]]:
     """Write OUT, or OUT/tp-N for several degrees, and return the manifests.
 
-    OUT appears whole, and verified unless that was declined, or not at all. Raises a TpgptqError.
+    OUT appears whole, and verified unless that was declined, or not at all. Several processes
+    share the work out by files. Raises a TpgptqError.
     """
-    sym = check_zero_points(checkpoint, plans)
     needed = sum(output_bytes(plan) for plan in plans)
-    check_free(out, options.overwrite, needed, checkpoint.source.directory)
-    with staging(out, options.overwrite) as stage, ExitStack() as stack:
-        background = ThreadPoolExecutor(1)
-        stack.callback(background.shutdown, cancel_futures=True)
-        hashes = {
-            name: background.submit(checksum, file.path)
-            for name, file in checkpoint.source.files.items()
-        }
-        outputs = [
-            _Output(plan, stage if len(plans) == 1 else stage / f"tp-{plan.tp}", options)
-            for plan in plans
-        ]
-        for output in outputs:
-            stack.callback(output.close)
-        pool = stack.enter_context(workers(options.device))
-        pieces = (
-            (layer, [cut[layer.name] for cut in cuts])
-            for index, block in enumerate(checkpoint.blocks)
-            for cuts in [[output.cut(index) for output in outputs]]
-            for layer in block
+
+    def start() -> tuple[bool, Path]:
+        sym = check_zero_points(checkpoint, plans)
+        check_free(out, options.overwrite, needed, checkpoint.source.directory)
+        return sym, stack.enter_context(staging(out, options.overwrite))
+
+    with ExitStack() as stack:
+        sym, stage = processes.of_first(start)
+        writers = stack.enter_context(threads(2 * cores()))  # for writes and for hashes
+        run = processes.agree(lambda: _Run(checkpoint, plans, stage, options, processes, writers))
+        found = processes.gather(processes.agree(lambda: run.write(progress)))
+        files = {name: info for written, _ in found for name, info in written.items()}
+        sources = {name: info for _, hashes in found for name, info in hashes.items()}
+        manifests = processes.of_first(
+            lambda: [output.finish(files, sources, sym) for output in run.outputs]
         )
-        job = partial(_repack, checkpoint, options.device)
-        for (layer, _), repacked in in_order(pool, job, pieces, LAYERS_AHEAD):
-            for output, tensors in zip(outputs, repacked, strict=True):
-                output.write(layer, tensors)
-            progress(checkpoint.source_bytes(layer))
-        source_files = {name: future.result() for name, future in hashes.items()}
-        manifests = [output.finish(source_files, sym) for output in outputs]
         if options.verify:
+            from tpgptq_convert.verify import verify
+
+            run.device.release()
             mismatches = [
                 mismatch
-                for output in outputs
-                for mismatch in verify(checkpoint, output.directory, options.device, progress)
+                for output in run.outputs
+                for mismatch in verify(
+                    checkpoint, output.directory, options.device, progress, processes
+                )
             ]
             if mismatches:
                 raise VerificationError(
@@ -137,47 +144,198 @@ def output_bytes(plan: Plan) -> int:
     return plan.rank_bytes * plan.tp + sum(spec.nbytes for spec in shared)
 
 
-def _repack(
-    checkpoint: Checkpoint,
-    device: torch.device,
-    pieces: tuple[Layer, Sequence[Sequence[Shard]]],
-) -> list[list[dict[str, torch.Tensor]]]:
-    """A layer's shards, for every output and in it for every file."""
-    layer, cuts = pieces
+class _Run:
+    """One process's share of a conversion."""
 
-    def tensor(part: str) -> torch.Tensor:
-        return checkpoint.source.tensor(f"{layer.name}.{part}").to(device)
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        plans: Sequence[Plan],
+        stage: Path,
+        options: Options,
+        processes: Processes,
+        writers: ThreadPoolExecutor,
+    ) -> None:
+        self.checkpoint, self.device = checkpoint, open_device(options.device)
+        self.outputs = [
+            _Output(plan, stage if len(plans) == 1 else stage / f"tp-{plan.tp}", options, writers)
+            for plan in plans
+        ]
+        files = [part for output in self.outputs for part in output.files]
+        self._mine = set(_share(files, processes))
+        sources = list(checkpoint.source.files.items())
+        self._sources = dict(sources[processes.rank :: processes.size])
 
-    bias = tensor("bias") if layer.bias and layer.linear.parallel == "column" else None
-    packed = Packed(tensor("qweight"), tensor("qzeros"), tensor("scales"), bias)
-    if not packed.scales.isfinite().all():
-        raise CheckpointError(
-            f"{layer.name}.scales: holds NaN or infinity; must be finite",
-            hint="the file may be damaged; fetch it again",
+    def write(self, progress: Progress) -> tuple[dict[str, Any], dict[str, Any]]:
+        """Write this process's files; returns those, and its share of the source's, by name."""
+        # Where every sequence has several files, some of each are written at a time, every one in a
+        # lane of its own: the hash of a file is one thread's work.
+        parts = (len(stream.parts) for output in self.outputs for stream in output.streams)
+        lanes = min(MOST_LANES, *parts)
+        pieces = heapq.merge(
+            *(
+                pieces
+                for lane in range(lanes)
+                for pieces in (self._layers(lane, lanes), self._shared(lane, lanes))
+            ),
+            key=lambda piece: piece.position,
         )
-    return [list(repack(packed, shards, checkpoint.quant)) for shards in cuts]
+        stop = Event()
+        with (
+            threads(max(1, cores() // 2)) as background,
+            threads(self.device.threads) as pool,
+            progress("Converting", self._source_bytes()) as advance,
+        ):
+            hashes = {
+                name: background.submit(checksum, file.path, stop)
+                for name, file in self._sources.items()
+            }
+            try:
+                _pump(pieces, pool, advance)
+                written = {str(part.path): part.finish() for part in self._mine}
+                return written, {name: future.result() for name, future in hashes.items()}
+            finally:
+                stop.set()
+
+    def _source_bytes(self) -> int:
+        """Of everything that this process reads."""
+        mine, checkpoint = {name for part in self._mine for name in part.specs}, self.checkpoint
+        layers = (layer for layer in checkpoint.layers if f"{layer.name}.qweight" in mine)
+        shared = (spec.nbytes for name, spec in checkpoint.shared_specs.items() if name in mine)
+        return sum(map(checkpoint.source_bytes, layers)) + sum(shared)
+
+    def _accepts(self, lane: int, lanes: int) -> Accept:
+        """Whether a tensor of a sequence is to be written by this process, in this lane."""
+        return lambda stream, name: (
+            stream.part(name) in self._mine and stream.lane(name, lanes) == lane
+        )
+
+    def _layers(self, lane: int, lanes: int) -> Iterator[_Piece]:
+        """The layers, block after block."""
+        accept, first = self._accepts(lane, lanes), self.outputs[0].streams[0]
+        for index, block in enumerate(self.checkpoint.blocks):
+            cuts: list[dict[str, Sequence[Shard]]] = []
+            for layer in block:
+                wanted = [output.wanted(layer, accept) for output in self.outputs]
+                if not any(wanted):
+                    continue
+                cuts = cuts or [output.cut(index) for output in self.outputs]
+                jobs = [
+                    (output, [cut[layer.name][at] for at in parts], parts)
+                    for output, cut, parts in zip(self.outputs, cuts, wanted, strict=True)
+                    if parts
+                ]
+                source = self.checkpoint.source_bytes(layer)
+                yield _Piece(
+                    position=first.position(f"{layer.name}.qweight") * lanes - lane,
+                    source_bytes=source,
+                    nbytes=source + sum(output.nbytes(layer, parts) for output, _, parts in jobs),
+                    work=partial(self._repack, layer, jobs),
+                )
+
+    def _repack(
+        self, layer: Layer, jobs: Sequence[tuple[_Output, Sequence[Shard], Wanted]]
+    ) -> list[Write]:
+        device, stacks = self.device, [shards for _, shards, _ in jobs]
+        with device.work():
+            packed = Packed.read(self.checkpoint, layer, device.allocate)
+            repacked = list(repack(packed, stacks, self.checkpoint.quant, device))
+        targets = [
+            (output.streams[at], of) for output, _, parts in jobs for at, of in parts.items()
+        ]
+        return [
+            (stream, {f"{layer.name}.{part}": tensors[part] for part in parts})
+            for (stream, parts), tensors in zip(targets, repacked, strict=True)
+        ]
+
+    def _shared(self, lane: int, lanes: int) -> Iterator[_Piece]:
+        """The tensors that are copied as they are."""
+        accept, source = self._accepts(lane, lanes), self.checkpoint.source
+        for name in self.outputs[0].shared_specs():
+            streams = [output.shared for output in self.outputs if accept(output.shared, name)]
+            for nbytes, read in source.file(name).chunks(name, CHUNK) if streams else ():
+                yield _Piece(
+                    position=self.outputs[0].shared.position(name) * lanes - lane,
+                    source_bytes=nbytes,
+                    nbytes=nbytes,
+                    work=partial(_copy, name, read, streams),
+                )
+
+
+def _copy(name: str, read: Callable[[], Array], streams: Sequence[Parts]) -> list[Write]:
+    data = read()
+    return [(stream, {name: data}) for stream in streams]
+
+
+def _pump(pieces: Iterable[_Piece], pool: ThreadPoolExecutor, advance: Advance) -> None:
+    """Work in the pool, writes in the order of the pieces, and IN_FLIGHT bytes at a time."""
+    working: deque[tuple[_Piece, Future[list[Write]]]] = deque()
+    writing: deque[tuple[_Piece, list[Future[None]]]] = deque()
+    held = 0
+
+    def step() -> None:
+        """Wait for the oldest piece's work, or else for its writes."""
+        nonlocal held
+        if working and (working[0][1].done() or not writing):
+            piece, work = working.popleft()
+            futures = [
+                future for parts, tensors in work.result() for future in parts.write(tensors)
+            ]
+            writing.append((piece, futures))
+        else:
+            piece, futures = writing.popleft()
+            for future in futures:
+                future.result()
+            held -= piece.nbytes
+            advance(piece.source_bytes)
+
+    for piece in pieces:
+        while held and held + piece.nbytes > IN_FLIGHT:
+            step()
+        held += piece.nbytes
+        working.append((piece, pool.submit(piece.work)))
+        while working and working[0][1].done():
+            step()
+    while working or writing:
+        step()
+
+
+def _share(parts: Sequence[Part], processes: Processes) -> Iterator[Part]:
+    """This process's files: a stretch of all, by their bytes."""
+    total, before = sum(part.nbytes for part in parts), 0
+    for part in parts:
+        if (before + part.nbytes / 2) * processes.size // total == processes.rank:
+            yield part
+        before += part.nbytes
 
 
 class _Output:
     """One degree's output directory while it is written."""
 
-    def __init__(self, plan: Plan, directory: Path, options: Options) -> None:
+    def __init__(
+        self, plan: Plan, directory: Path, options: Options, writers: ThreadPoolExecutor
+    ) -> None:
         self.plan, self.directory, self.options = plan, directory, options
         directory.mkdir(exist_ok=True)
         self._index: dict[str, IntArray] = {}
-        self._modules: dict[str, Any] = {}
-        shared = self._shared_specs()
-        limit = options.max_shard_size
+        self._tensors = {layer.name: plan.tensors(layer) for layer in plan.checkpoint.layers}
+        shared = self.shared_specs()
+        make = partial(Parts, directory, max_bytes=options.max_shard_size, pool=writers)
         if options.layout == "merged":
-            specs = self._layer_specs(plan.merged_tensors) | shared
-            merged = Parts(directory, _merged_part, specs, limit)
-            self._streams, self._shared = [merged], merged
+            merged = make(_merged_part, self._layer_specs(plan.merged_tensors) | shared)
+            self.streams, self.shared = [merged], merged
         else:
             specs = self._layer_specs(plan.tensors)
-            self._streams = [
-                Parts(directory, partial(_rank_part, rank), specs, limit) for rank in range(plan.tp)
-            ]
-            self._shared = Parts(directory, _shared_part, shared, limit)
+            self.streams = [make(partial(_rank_part, rank), specs) for rank in range(plan.tp)]
+            self.shared = make(_shared_part, shared)
+
+    @property
+    def files(self) -> list[Part]:
+        """All files of tensors, those of the first blocks first."""
+        streams = dict.fromkeys((*self.streams, self.shared))
+        return [
+            part for parts in zip_longest(*(s.parts for s in streams)) for part in parts if part
+        ]
 
     def _layer_specs(
         self, tensors: Callable[[Layer], dict[str, TensorSpec]]
@@ -188,18 +346,31 @@ class _Output:
             for part, spec in tensors(layer).items()
         }
 
-    def _shared_specs(self) -> dict[str, TensorSpec]:
+    def shared_specs(self) -> dict[str, TensorSpec]:
         """Largest elements first, so that every tensor lies aligned."""
         specs = self.plan.checkpoint.shared_specs
         return dict(sorted(specs.items(), key=lambda kv: -DTYPES[kv[1].dtype].itemsize))
+
+    def wanted(self, layer: Layer, accept: Accept) -> Wanted:
+        """The tensors of a layer that are accepted, by sequence."""
+        names = [
+            [part for part in self._tensors[layer.name] if accept(stream, f"{layer.name}.{part}")]
+            for stream in self.streams
+        ]
+        return {at: parts for at, parts in enumerate(names) if parts}
+
+    def nbytes(self, layer: Layer, wanted: Wanted) -> int:
+        """Bytes of these tensors of a layer."""
+        specs = self.streams[0].specs
+        return sum(specs[f"{layer.name}.{part}"].nbytes for of in wanted.values() for part in of)
 
     def cut(self, index: int) -> dict[str, Sequence[Shard]]:
         """What each file gets of a block's layers, by the layer's name."""
         plan = self.plan
         shards = plan.block(index)
         for name, of_layer in shards.items():
-            self._index[f"{name}.rows"] = _ranks([shard.rows for shard in of_layer])
-            self._index[f"{name}.cols"] = _ranks([shard.cols for shard in of_layer])
+            self._index[f"{name}.rows"] = stacked([shard.rows for shard in of_layer])
+            self._index[f"{name}.cols"] = stacked([shard.cols for shard in of_layer])
         if self.options.layout == "ranks":
             return dict(shards)
         return {
@@ -207,42 +378,42 @@ class _Output:
             for layer in plan.checkpoint.blocks[index]
         }
 
-    def write(self, layer: Layer, repacked: Sequence[Mapping[str, torch.Tensor]]) -> None:
-        """Append a layer's tensors to every file."""
-        plan, size = self.plan, self.plan.sizes[layer.linear.name]
-        parts = plan.tensors(layer)
-        for stream, tensors in zip(self._streams, repacked, strict=True):
-            for part in parts:
-                stream.write(f"{layer.name}.{part}", tensors[part])
-        self._modules[layer.name] = {
-            "parallel": layer.linear.parallel,
-            "in_features": size.in_features,
-            "out_features": size.out_features,
-            "group_size": size.group_size,
-            "perm": "perm" in parts,
+    def _modules(self) -> dict[str, Any]:
+        """Every layer's shard sizes, as the manifest states them."""
+        plan = self.plan
+        return {
+            layer.name: {
+                "parallel": layer.linear.parallel,
+                "in_features": size.in_features,
+                "out_features": size.out_features,
+                "group_size": size.group_size,
+                "perm": "perm" in self._tensors[layer.name],
+            }
+            for layer in plan.checkpoint.layers
+            for size in [plan.sizes[layer.linear.name]]
         }
 
-    def close(self) -> None:
-        """Let go of files that are not finished."""
-        for parts in (*self._streams, self._shared):
-            parts.close()
-
-    def finish(self, source_files: dict[str, Any], sym: bool) -> dict[str, Any]:
-        """Write what is left and return the manifest."""
+    def finish(
+        self, files: Mapping[str, Any], source_files: dict[str, Any], sym: bool
+    ) -> dict[str, Any]:
+        """Write what goes beside the files of tensors, and return the manifest."""
         source = self.plan.checkpoint.source
-        for name in self._shared_specs():
-            self._shared.write(name, source.tensor(name))
+        for index, block in enumerate(self.plan.checkpoint.blocks):
+            if f"{block[0].name}.rows" not in self._index:  # another process wrote it
+                self.cut(index)
         (self.directory / INDEX).write_bytes(save(self._index, metadata={"format": "np"}))
         for path in source.carried_files():
             (self.directory / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source.directory / path, self.directory / path)
-        shutil.copyfile(RUNTIME, self.directory / RUNTIME.name)
-        write_json(self.directory / WEIGHTS_INDEX, self._shared.index)
+        shutil.copyfile(Path(__file__).with_name(RUNTIME), self.directory / RUNTIME)
+        write_json(self.directory / WEIGHTS_INDEX, self.shared.index)
+        shared, *ranks = (
+            {part.path.name: files[str(part.path)] for part in stream.parts}
+            for stream in (self.shared, *self.streams)
+        )
+        weights: dict[str, Any] = {"shared": shared, "ranks": ranks}
         if self.options.layout == "merged":
-            weights: dict[str, Any] = {"merged": self._shared.files}
-        else:
-            ranks = [stream.files for stream in self._streams]
-            weights = {"shared": self._shared.files, "ranks": ranks}
+            weights = {"merged": shared}
         digest = weights_digest({"layout": self.options.layout, "files": weights})
         write_json(self.directory / "config.json", self._config(sym, digest))
         manifest = self._manifest(source_files, sym, weights)
@@ -276,7 +447,7 @@ class _Output:
     ) -> dict[str, Any]:
         plan, checkpoint = self.plan, self.plan.checkpoint
         geometry, quant = checkpoint.geometry, checkpoint.quant
-        written = {name for parts in (*self._streams, self._shared) for name in parts.files}
+        written = {part.path.name for part in self.files}
         others = sorted(
             path.relative_to(self.directory)
             for path in self.directory.rglob("*")
@@ -304,7 +475,7 @@ class _Output:
                 "padded_kv": geometry.kv_heads,
             },
             "intermediate": {"size": geometry.intermediate, "padded": plan.intermediate},
-            "modules": self._modules,
+            "modules": self._modules(),
             # The card is not among them: it is there for people to edit.
             "files": weights
             | {"other": {str(path): checksum(self.directory / path) for path in others}},
@@ -321,10 +492,3 @@ def _shared_part(part: int, parts: int) -> str:
 
 def _rank_part(rank: int, part: int, parts: int) -> str:
     return f"model-rank-{rank}-part-{part}.safetensors"
-
-
-def _ranks(vectors: Sequence[IntArray]) -> IntArray:
-    """(ranks, n), or (1, n) where all ranks have the same."""
-    if all(np.array_equal(vector, vectors[0]) for vector in vectors):
-        return vectors[0][None]
-    return np.stack(vectors)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 
 class TpgptqError(Exception):
     """Something a user can act on: what is and what must be, one line per problem, and a hint."""
@@ -12,6 +15,10 @@ class TpgptqError(Exception):
         super().__init__("\n".join([*problems, f"Hint: {hint}"]))
         self.problems = problems
         self.hint = hint
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For processes that tell each other."""
+        return partial(type(self), hint=self.hint), self.problems
 
 
 class SourceError(TpgptqError):

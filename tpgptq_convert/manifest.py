@@ -15,6 +15,7 @@ from tpgptq_convert.source import FLOATS, SafetensorsFile, TensorSpec, read_json
 FORMAT_VERSION = 1
 MANIFEST = "tpgptq.json"
 INDEX = "tpgptq-index.safetensors"
+RUNTIME = "tpgptq_runtime.py"
 # The weights that loaders of plain checkpoints read: all, or in layout ranks the shared ones.
 WEIGHTS_INDEX = "model.safetensors.index.json"
 LAYOUTS = ("ranks", "merged")

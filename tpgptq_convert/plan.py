@@ -41,6 +41,13 @@ class Shard:
     perm: IntArray | None
 
 
+def stacked(vectors: Sequence[IntArray]) -> IntArray:
+    """(ranks, n), or (1, n) where all ranks have the same."""
+    if all(np.array_equal(vector, vectors[0]) for vector in vectors):
+        return vectors[0][None]
+    return np.stack(vectors)
+
+
 @dataclass(frozen=True)
 class Size:
     """What the shards of one kind of layer have in common, on all ranks and in all blocks."""

@@ -1,205 +1,176 @@
-"""Index vectors + packed layer -> packed shard, on whatever device the tensors are. Knows no model.
+"""Index vectors + packed layer -> packed shard. Knows no model, and no device.
 
-Here stand the packing, its inverse, and the one place where a stored zero point becomes a zero
-point. Integers are moved, never computed anew; the same input gives the same bytes on any device.
+All of it is one operation on packed words, `Device.gather`: values picked along the axis that is
+packed, whole words along the other. qweight is packed along its rows, qzeros along its columns.
+Integers are moved, never computed anew; the same input gives the same bytes on any device.
 """
 
 from __future__ import annotations
 
-import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from tpgptq_convert.checkpoint import IntArray
-from tpgptq_convert.config import QuantConfig
-from tpgptq_convert.plan import Shard
+from tpgptq_convert.checkpoint import Checkpoint, IntArray, Layer
+from tpgptq_convert.config import QuantConfig, zero_offset
+from tpgptq_convert.errors import CheckpointError
+from tpgptq_convert.plan import Shard, stacked
+from tpgptq_convert.source import Allocate, Bytes, pageable
 
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-
-def unpack_rows(words: Tensor, bits: int) -> Tensor:
-    """(K/pf, N) int32 -> (K, N) uint8: row pf*i + j lies in the bits from bits*j of word i."""
-    octets = _empty(words, 4)
-    for j in range(4):
-        octets[j::4] = words >> (8 * j)  # the lowest eight bits are kept
-    fields = 8 // bits
-    values = _empty(octets, fields)
-    for j in range(fields):
-        values[j::fields] = (octets >> (bits * j)) & ((1 << bits) - 1)
-    return values
-
-
-def pack_rows(values: Tensor, bits: int) -> Tensor:
-    """(K, N) uint8 -> (K/pf, N) int32, the inverse of `unpack_rows`."""
-    fields = 8 // bits
-    octets = values[::fields].clone()
-    for j in range(1, fields):
-        octets |= values[j::fields] << (bits * j)
-    words = octets[::4].to(torch.int32)
-    for j in range(1, 4):
-        words |= octets[j::4].to(torch.int32) << (8 * j)
-    return words
-
-
-def _empty(rows: Tensor, times: int) -> Tensor:
-    """Room for `times` as many rows of uint8."""
-    return rows.new_empty((rows.shape[0] * times, rows.shape[1]), dtype=torch.uint8)
-
-
-def unpack_cols(words: Tensor, bits: int) -> Tensor:
-    """(G, N/pf) int32 -> (G, N) uint8."""
-    return unpack_rows(words.T, bits).T
-
-
-def pack_cols(values: Tensor, bits: int) -> Tensor:
-    """(G, N) uint8 -> (G, N/pf) int32, the inverse of `unpack_cols`."""
-    return pack_rows(values.T, bits).T.contiguous()
-
-
-def zero_points(stored: Tensor, checkpoint_format: str) -> Tensor:
-    """Stored fields (uint8) -> zero points (int16): "gptq" stores one less, "gptq_v2" the value.
-
-    A stored 15 of the "gptq" format means 16, as in AutoGPTQ's own torch and Triton kernels.
-    """
-    return stored.to(torch.int16) + (1 if checkpoint_format == "gptq" else 0)
-
-
-@contextmanager
-def workers(device: torch.device) -> Iterator[ThreadPoolExecutor]:
-    """Threads to work in: on a CPU one for each core, whose operations are not split further.
-
-    Splitting small operations over cores costs more than it saves (five times more, where another
-    process wants a core too).
-    """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    pool = ThreadPoolExecutor(cores if device.type == "cpu" else 1)
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-        torch.set_num_threads(threads)
-
-
-def in_order(
-    pool: ThreadPoolExecutor, job: Callable[[Item], Result], items: Iterable[Item], ahead: int
-) -> Iterator[tuple[Item, Result]]:
-    """Each item with the job's result, in order; at most `ahead` jobs are begun or waiting."""
-    pending: deque[tuple[Item, Future[Result]]] = deque()
-    for item in items:
-        pending.append((item, pool.submit(job, item)))
-        if len(pending) == ahead:
-            first, future = pending.popleft()
-            yield first, future.result()
-    for item, future in pending:
-        yield item, future.result()
-
-
-@dataclass(frozen=True, eq=False)
-class Unpacked:
-    """A layer with its integers unpacked."""
-
-    values: Tensor  # (K, N) uint8
-    zeros: Tensor  # (G, N) uint8, as stored
-    scales: Tensor  # (G, N)
-    bias: Tensor | None  # (N,)
-
-    def dequantise(self, g_idx: Tensor, quant: QuantConfig, dtype: torch.dtype) -> Tensor:
-        """The weight (K, N) that the layer stands for, computed in `dtype`; g_idx is (K,)."""
-        zeros = zero_points(self.zeros, quant.checkpoint_format)
-        steps = self.values.to(torch.int16) - zeros[g_idx]
-        return steps.to(dtype).mul_(self.scales[g_idx])
+Array = NDArray[Any]
+# The bits of a float's exponent, all of them set in NaN and infinity alone.
+EXPONENTS = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000}
 
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """A layer's tensors as they are stored."""
+    """A layer's tensors as they are stored; floats that numpy doesn't know as their bits."""
 
-    qweight: Tensor  # (K/pf, N) int32
-    qzeros: Tensor  # (G, N/pf) int32
-    scales: Tensor  # (G, N)
-    bias: Tensor | None = None  # (N,)
+    qweight: Array  # (K/pf, N) int32
+    qzeros: Array  # (G, N/pf) int32
+    scales: Array  # (G, N)
+    bias: Array | None = None  # (N,), of a column-parallel layer
 
-    def unpack(self, quant: QuantConfig, cols: IntArray | None = None) -> Unpacked:
-        """The layer, or some of its columns in another order (-1: any), with integers unpacked."""
-        zeros = unpack_cols(self.qzeros, quant.bits)
-        if cols is None:
-            values = unpack_rows(self.qweight, quant.bits)
-            return Unpacked(values, zeros, self.scales, self.bias)
-        return Unpacked(
-            unpack_rows(_take(self.qweight, 1, cols), quant.bits),  # whole words move
-            _take(zeros, 1, cols),
-            _take(self.scales, 1, cols),
-            None if self.bias is None else _take(self.bias, 0, cols),
-        )
+    @classmethod
+    def read(cls, checkpoint: Checkpoint, layer: Layer, allocate: Allocate = pageable) -> Packed:
+        """A layer of the source; raises CheckpointError if its scales are not finite."""
+
+        def array(part: str) -> Array:
+            return checkpoint.source.array(f"{layer.name}.{part}", allocate)
+
+        scales = array("scales")
+        bits = scales.view(f"u{scales.itemsize}")
+        exponent = EXPONENTS[layer.scales.dtype]
+        if ((bits & exponent) == exponent).any():
+            raise CheckpointError(
+                f"{layer.name}.scales: holds NaN or infinity; must be finite",
+                hint="the file may be damaged; fetch it again",
+            )
+        biased = layer.bias and layer.linear.parallel == "column"
+        return cls(array("qweight"), array("qzeros"), scales, array("bias") if biased else None)
+
+
+class Device(Protocol):
+    """Where words are moved. `D` below is its own kind of array."""
+
+    name: str  # cpu, cuda or cuda:N
+    threads: int  # that may work on it at a time
+
+    def allocate(self, nbytes: int) -> Bytes:
+        """Host memory that `load` reads fast."""
+
+    def work(self) -> AbstractContextManager[None]:
+        """Around the work of one thread; what `store` returned is whole at its end."""
+
+    def release(self) -> None:
+        """Give memory back that is kept for the next who asks."""
+
+    def load(self, array: Array) -> Any:
+        """Host array -> D."""
+
+    def store(self, array: Any) -> Array:
+        """D -> host array, contiguous."""
+
+    def gather(
+        self,
+        words: Any,
+        inner: Any,
+        outer: Any,
+        bits: int,
+        absent: int,
+        fill: NDArray[np.uint8] | None = None,
+    ) -> Any:
+        """Words picked apart and put together anew, P times: (M/pf, C) -> (P, m/pf, c) int32.
+
+        A word holds pf values of `bits` bits, along the first axis. inner is (P, m) and outer
+        (P, c), or (1, ...) where all P are the same. Value j of column i comes from row
+        inner[p, j] of column outer[p, i]. Where outer is -1 it is `absent`; so it is where inner is
+        -1, or with `fill` (P, n, c) there fill[p, j // (m // n), i].
+        """
+
+    def transpose(self, array: Any) -> Any:
+        """With the last two axes exchanged."""
+
+
+def open_device(name: str) -> Device:
+    """cpu, cuda or cuda:N."""
+    if name == "cpu":
+        from tpgptq_convert.repack_cpu import Cpu
+
+        return Cpu()
+    import torch
+
+    from tpgptq_convert.repack_gpu import Gpu
+
+    return Gpu(torch.device(name))
 
 
 def repack(
-    layer: Packed, shards: Sequence[Shard], quant: QuantConfig
-) -> Iterator[dict[str, Tensor]]:
-    """Each shard's tensors, by the last part of their names."""
-    columns: Unpacked | None = None
-    for i, shard in enumerate(shards):
-        if columns is None or not np.array_equal(shard.cols, shards[i - 1].cols):
-            columns = layer.unpack(quant, shard.cols)
-        yield _repack_rows(columns, shard, quant)
+    layer: Packed, stacks: Iterable[Sequence[Shard]], quant: QuantConfig, device: Device
+) -> Iterator[dict[str, Array]]:
+    """The tensors of each shard of each stack, by the last part of their names.
 
-
-def _repack_rows(columns: Unpacked, shard: Shard, quant: QuantConfig) -> dict[str, Tensor]:
-    """One shard from its columns.
-
-    Padding rows hold the zero point of their group and column, so they contribute exactly 0;
-    padding columns, and groups of padding alone, have scale 0.
+    The shards of a stack have the same sizes, and are worked on at once. Padding rows hold the zero
+    point of their group and column, so they contribute exactly 0; padding columns, and groups of
+    padding alone, have scale 0.
     """
-
-    def where(condition: NDArray[np.bool_]) -> Tensor:
-        return torch.from_numpy(np.flatnonzero(condition)).to(columns.values.device)
-
-    zeros = _take(columns.zeros, 0, shard.groups).clone()
-    scales = _take(columns.scales, 0, shard.groups).clone()
-    values = _take(columns.values, 0, shard.rows)
-    absent, padding = where(shard.cols < 0), where(shard.rows < 0)
-    for axis, missing in enumerate((where(shard.groups < 0), absent)):
-        zeros.index_fill_(axis, missing, quant.stored_neutral)
-        scales.index_fill_(axis, missing, 0)
-    if len(absent) or len(padding):
-        values = values.clone().index_fill_(1, absent, quant.neutral)
-        zero = zero_points(zeros, quant.checkpoint_format).to(torch.uint8)
-        values[padding] = zero[padding // shard.group_size]
-
-    tensors = {
-        "qweight": pack_rows(values, quant.bits),
-        "qzeros": pack_cols(zeros, quant.bits),
-        "scales": scales,
-    }
-    if shard.perm is not None:
-        tensors["perm"] = torch.from_numpy(shard.perm)
-    if columns.bias is not None:
-        tensors["bias"] = columns.bias.clone().index_fill_(0, absent, 0)
-    return tensors
-
-
-def gather(tensor: Tensor, rows: IntArray, cols: IntArray) -> Tensor:
-    """tensor[rows][:, cols], a new tensor or a view; an index of -1 picks anything."""
-    # The smaller of the two intermediate results first.
-    if len(rows) * tensor.shape[1] < len(cols) * tensor.shape[0]:
-        return _take(_take(tensor, 0, rows), 1, cols)
-    return _take(_take(tensor, 1, cols), 0, rows)
+    qweight = device.load(layer.qweight)
+    # Packed along their columns: zero points, and scales as halves of words.
+    zero_words = device.transpose(device.load(layer.qzeros))
+    scale_words = device.transpose(device.load(layer.scales.view(np.int32)))
+    for shards in stacks:
+        rows, cols, groups = (
+            stacked([getattr(shard, name) for shard in shards])
+            for name in ("rows", "cols", "groups")
+        )
+        fill = _padding(layer, rows, cols, groups, quant)
+        halves = _halves(cols, layer.scales.itemsize)
+        inner, outer, group, half = map(device.load, (rows, cols, groups, halves))
+        words = device.gather(qweight, inner, outer, quant.bits, quant.neutral, fill)
+        zeros = device.gather(zero_words, outer, group, quant.bits, quant.stored_neutral)
+        scales = device.gather(scale_words, half, group, 16, 0)
+        arrays = {
+            "qweight": device.store(words),
+            "qzeros": device.store(device.transpose(zeros)),
+            "scales": device.store(device.transpose(scales)).view(layer.scales.dtype),
+        }
+        for p, shard in enumerate(shards):
+            tensors = {part: array[p % len(array)] for part, array in arrays.items()}
+            if shard.perm is not None:
+                tensors["perm"] = shard.perm
+            if layer.bias is not None:
+                tensors["bias"] = np.where(shard.cols < 0, 0, layer.bias[shard.cols])
+            yield tensors
 
 
-def _take(tensor: Tensor, dim: int, index: IntArray) -> Tensor:
-    """tensor's slices at an index; a view where they are consecutive."""
-    if len(index) and np.array_equal(index, np.arange(index[0], index[0] + len(index))):
-        return tensor.narrow(dim, int(index[0]), len(index))
-    return tensor.index_select(dim, torch.from_numpy(np.maximum(index, 0)).to(tensor.device))
+def _halves(cols: IntArray, itemsize: int) -> IntArray:
+    """Where the 16-bit halves of columns stand that are `itemsize` bytes wide."""
+    count = itemsize // 2
+    halves = np.repeat(cols * count, count, axis=1)
+    halves += np.arange(halves.shape[1], dtype=np.int32) % count
+    return np.where(np.repeat(cols < 0, count, axis=1), np.int32(-1), halves)
+
+
+def _padding(
+    layer: Packed, rows: IntArray, cols: IntArray, groups: IntArray, quant: QuantConfig
+) -> NDArray[np.uint8] | None:
+    """What padding rows hold, if there are any: zero points, (P, groups, columns)."""
+    if (rows >= 0).all():
+        return None
+    octets, per_octet = layer.qzeros.view(np.uint8), 8 // quant.bits
+    zeros = np.empty((len(octets), octets.shape[1] * per_octet), np.uint8)
+    for j in range(per_octet):
+        zeros[:, j::per_octet] = octets >> (quant.bits * j) & ((1 << quant.bits) - 1)
+    zeros += np.uint8(zero_offset(quant.checkpoint_format))
+    stack = np.broadcast(rows[:, 0], cols[:, 0]).size
+    fill = np.empty((stack, groups.shape[1], cols.shape[1]), np.uint8)
+    for p in range(stack):
+        own, picked = groups[p % len(groups)], cols[p % len(cols)]
+        whole = np.array_equal(picked, np.arange(zeros.shape[1]))
+        fill[p] = zeros[own] if whole else zeros[own][:, picked]
+        fill[p, own < 0] = quant.neutral
+    return fill

@@ -1,16 +1,18 @@
 """A checkpoint's directory: its configuration files and safetensors headers, tensors by name.
 
-Headers are validated by the safetensors library and kept; tensors are read when asked for.
-Torch is imported only where a torch tensor is asked for, so that `inspect` answers without it.
+Headers are validated by the safetensors library and kept; tensors are read when asked for, into
+memory of their own: a map of the file would grow with all that was ever read of it, and end the
+process where a disk fails. Torch is imported only where a torch tensor is asked for, so that
+`inspect` answers without it.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,7 @@ from tpgptq_convert.errors import SourceError
 if TYPE_CHECKING:
     import torch
 
+Bytes = NDArray[np.uint8]
 # The dtypes of safetensors headers, little-endian; those unknown to numpy as their bits.
 DTYPES: dict[str, np.dtype[Any]] = {
     name: np.dtype(kind)
@@ -32,6 +35,14 @@ DTYPES: dict[str, np.dtype[Any]] = {
         **{"U32": "<u4", "I32": "<i4", "F32": "<f4"},
         **{"U64": "<u8", "I64": "<i8", "F64": "<f8"},
     }.items()
+}
+
+_TORCH_NAMES = {
+    **{"BOOL": "bool", "U8": "uint8", "I8": "int8"},
+    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"},
+    **{"U16": "uint16", "I16": "int16", "F16": "float16", "BF16": "bfloat16"},
+    **{"U32": "uint32", "I32": "int32", "F32": "float32"},
+    **{"U64": "uint64", "I64": "int64", "F64": "float64"},
 }
 
 # Files that hold weights, or say where they are: everything else is carried along to the output.
@@ -57,6 +68,14 @@ class TensorSpec:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+Allocate = Callable[[int], Bytes]  # host memory of so many bytes
+
+
+def pageable(nbytes: int) -> Bytes:
+    """Ordinary host memory."""
+    return np.empty(nbytes, np.uint8)
 
 
 class SafetensorsFile:
@@ -85,24 +104,51 @@ class SafetensorsFile:
                     hint="this is not a GPTQ checkpoint",
                 )
 
-    @cached_property
-    def _torch_file(self) -> Any:
-        return safe_open(self.path, framework="pt")  # closed with the last tensor that uses it
+    def array(self, name: str, allocate: Allocate = pageable) -> NDArray[Any]:
+        """One tensor as a numpy array, in memory from `allocate`; BF16 as its bits."""
+        spec = self.specs[name]
+        data = allocate(spec.nbytes)
+        self._read(data, self._begin[name])
+        return data.view(DTYPES[spec.dtype]).reshape(spec.shape)
+
+    def chunks(self, name: str, size: int) -> Iterator[tuple[int, Callable[[], Bytes]]]:
+        """One tensor's bytes in order, at most `size` at a time: how many, and what reads them."""
+        begin, nbytes = self._begin[name], self.specs[name].nbytes
+        for at in range(0, max(nbytes, 1), size):
+            count = min(size, nbytes - at)
+            yield count, partial(self._chunk, begin + at, count)
+
+    def _chunk(self, begin: int, nbytes: int) -> Bytes:
+        data = pageable(nbytes)
+        self._read(data, begin)
+        return data
+
+    def _read(self, into: Bytes, begin: int) -> None:
+        """Fill `into` with the data from `begin`."""
+        done = 0
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self._data_start + begin)
+            while done < len(into):
+                count = file.readinto(into.data[done:])
+                if not count:
+                    raise SourceError(
+                        f"{self.path}: ends in the middle of its data; must be the file that it "
+                        "was when it was opened",
+                        hint="is something else writing it? Try again when that is done",
+                    )
+                done += count
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor on the CPU, backed by a memory map of the file."""
-        tensor: torch.Tensor = self._torch_file.get_tensor(name)
-        return tensor
+        """One tensor on the CPU."""
+        return as_tensor(self.array(name), self.specs[name].dtype)
 
-    @cached_property
-    def _bytes(self) -> NDArray[np.uint8]:
-        return np.memmap(self.path, np.uint8, "r", self._data_start)
 
-    def array(self, name: str) -> NDArray[Any]:
-        """One tensor as a numpy array backed by a memory map, without torch; BF16 as its bits."""
-        spec, begin = self.specs[name], self._begin[name]
-        data = self._bytes[begin : begin + spec.nbytes]
-        return np.frombuffer(data, DTYPES[spec.dtype]).reshape(spec.shape)
+def as_tensor(array: NDArray[Any], dtype: str) -> torch.Tensor:
+    """An array of this safetensors dtype as a torch tensor that shares its memory."""
+    import torch
+
+    octets = torch.from_numpy(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    return octets.view(getattr(torch, _TORCH_NAMES[dtype])).reshape(array.shape)
 
 
 class Source:
@@ -190,12 +236,16 @@ class Source:
         file = self._file_of.get(name)
         return file.specs[name] if file else None
 
-    def array(self, name: str) -> NDArray[Any]:
-        """A small tensor as a numpy array, without importing torch."""
-        return self._file_of[name].array(name)
+    def file(self, name: str) -> SafetensorsFile:
+        """The file that a tensor stands in."""
+        return self._file_of[name]
+
+    def array(self, name: str, allocate: Allocate = pageable) -> NDArray[Any]:
+        """A tensor as a numpy array, in memory from `allocate`; BF16 as its bits."""
+        return self._file_of[name].array(name, allocate)
 
     def tensor(self, name: str) -> torch.Tensor:
-        """A tensor on the CPU, backed by a memory map."""
+        """A tensor on the CPU."""
         return self._file_of[name].tensor(name)
 
     def carried_files(self) -> list[Path]:

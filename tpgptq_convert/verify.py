@@ -12,35 +12,62 @@ from __future__ import annotations
 
 import filecmp
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
 from tpgptq_convert.checkpoint import Checkpoint, IntArray, Layer
+from tpgptq_convert.config import QuantConfig
 from tpgptq_convert.errors import SourceError
 from tpgptq_convert.families import Axis
 from tpgptq_convert.manifest import (
     INDEX,
     MANIFEST,
+    RUNTIME,
     WEIGHTS_INDEX,
     listed_files,
     read_manifest,
     weight_files,
     weights_digest,
 )
-from tpgptq_convert.repack import Packed, Unpacked, gather, workers, zero_points
-from tpgptq_convert.source import SafetensorsFile, read_json
+from tpgptq_convert.packing import unpack_cols, unpack_rows, zero_points
+from tpgptq_convert.processes import Processes
+from tpgptq_convert.progress import Progress, silent
+from tpgptq_convert.repack import Array, Device, Packed, open_device
+from tpgptq_convert.source import (
+    Allocate,
+    SafetensorsFile,
+    TensorSpec,
+    as_tensor,
+    pageable,
+    read_json,
+)
+from tpgptq_convert.threads import cores, threads
 from tpgptq_convert.writer import checksum
 
+CHUNK = 1 << 24  # bytes that are compared at a time
 TOKENS = 5
-TOLERANCE = 1e-9  # of the largest output; float64 rounding stays far under it
+TOLERANCE = 1e-9  # of the largest output; rounding stays far under it
+QUANTISATION_KEYS = {  # of config.json
+    *("quant_method", "format_version", "bits", "group_size", "sym", "desc_act"),
+    *("checkpoint_format", "tp", "layout", "weights_sha256"),
+}
+LIMBS, LIMB_BITS = 4, 10  # 40 bits of an input; tf32 would hold ten
+MANTISSA = 24  # bits of an integer that float32 holds
+THREADS = 3  # each holds a layer, several times as large when unpacked
+SLICE = {"cpu": 1 << 19, "cuda": 1 << 24}  # values that are unpacked at a time
 FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "gelu": functional.gelu,
@@ -53,49 +80,103 @@ FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
 def verify(
     checkpoint: Checkpoint,
     out: Path,
-    device: torch.device,
-    progress: Callable[[int], None] = lambda _: None,
+    device: str = "cpu",
+    progress: Progress = silent,
+    processes: Processes = Processes(),  # noqa: B008  # it can't be changed
 ) -> list[str]:
     """Every difference between OUT and MODEL, one line each; none if OUT is proven.
 
-    Raises OutputError if OUT is no output of this tool, or of a version that it doesn't know.
+    Several processes share the files and blocks, and all return what all found. Raises OutputError
+    if OUT is no output of this tool, or of a version that it doesn't know.
     """
-    manifest = read_manifest(out)
-    mismatches = list(_check_files(out, manifest))
-    try:
-        stored = _Stored(out, manifest)
-        mismatches += _check_manifest(checkpoint, out, manifest)
-        mismatches += _check_shared(checkpoint, stored)
-        mismatches += _check_names(checkpoint, stored)
-        mismatches += _check_index(out, stored)
-        mismatches += _check_carried(checkpoint, out)
-        if set(manifest["modules"]) == {layer.name for layer in checkpoint.layers}:
-            with workers(device) as pool:
-                check = partial(_check_block, checkpoint, stored, device)
-                for block, found in zip(
-                    checkpoint.blocks, pool.map(check, checkpoint.blocks), strict=True
-                ):
+    manifest = processes.agree(lambda: read_manifest(out))
+
+    def check() -> list[str]:
+        return _check(checkpoint, out, manifest, device, progress, processes)
+
+    return [line for found in processes.gather(processes.agree(check)) for line in found]
+
+
+def _check(
+    checkpoint: Checkpoint,
+    out: Path,
+    manifest: Mapping[str, Any],
+    device: str,
+    progress: Progress,
+    processes: Processes,
+) -> list[str]:
+    """What this process finds in its share."""
+    mine = slice(processes.rank, None, processes.size)
+    blocks, place = checkpoint.blocks[mine], open_device(device)
+    total = sum(checkpoint.source_bytes(layer) for block in blocks for layer in block)
+    stop = Event()
+    with (
+        _unsplit(),
+        threads(max(1, cores() // 2)) as background,
+        threads(min(cores(), THREADS)) as pool,
+        progress("Verifying", total) as advance,
+    ):
+        hashes = {
+            name: background.submit(checksum, out / name, stop)
+            for name in list(listed_files(manifest))[mine]
+            if (out / name).is_file()
+        }
+        mismatches: list[str] = []
+        try:
+            stored = _Stored(out, manifest, checkpoint.geometry.kv_heads)
+            shared = checkpoint.shared[mine]
+            same = pool.map(partial(_check_shared, checkpoint, stored), shared)
+            if processes.first:
+                mismatches += _check_manifest(checkpoint, out, manifest)
+                mismatches += _check_names(checkpoint, stored)
+                mismatches += _check_index(out, stored)
+                mismatches += _check_carried(checkpoint, out)
+            names = {layer.name for layer in checkpoint.layers}
+            if set(manifest["modules"]) == names and stored.tp <= checkpoint.geometry.heads:
+                check = partial(_check_block, checkpoint, stored, place)
+                for block, found in zip(blocks, pool.map(check, blocks), strict=True):
                     mismatches += found
-                    progress(sum(map(checkpoint.source_bytes, block)))
-    except SourceError as error:  # a file of OUT that can't be read at all
-        mismatches += error.problems
-    return mismatches
+                    advance(sum(map(checkpoint.source_bytes, block)))
+            mismatches += [line for found in same for line in found]
+            return [*_check_files(out, manifest, hashes, processes.first), *mismatches]
+        except SourceError as error:  # a file of OUT that can't be read at all
+            files = _check_files(out, manifest, hashes, processes.first)
+            return [*files, *mismatches, *error.problems]
+        finally:
+            stop.set()
+
+
+@contextmanager
+def _unsplit() -> Iterator[None]:
+    """Without torch's own threads: there is one here for each core, which they would fight."""
+    count = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(count)
 
 
 def _check_block(
-    checkpoint: Checkpoint, stored: _Stored, device: torch.device, layers: Sequence[Layer]
+    checkpoint: Checkpoint, stored: _Stored, place: Device, layers: Sequence[Layer]
 ) -> list[str]:
-    return _Block(checkpoint, stored, layers, device).mismatches()
+    with place.work(), torch.inference_mode():
+        return _Block(checkpoint, stored, layers, place).mismatches()
 
 
-def _check_files(out: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
+def _check_files(
+    out: Path, manifest: Mapping[str, Any], hashes: Mapping[str, Future[Any]], names: bool
+) -> Iterator[str]:
+    """Against the checksums that this process made, and where asked which files there are."""
     listed = listed_files(manifest)
     for name, stated in listed.items():
-        if not (out / name).is_file():
-            yield f"{name}: missing; the manifest lists it"
-        elif (actual := checksum(out / name)) != stated:
+        if name in hashes and (actual := hashes[name].result()) != stated:
             what = "bytes" if actual["bytes"] != stated.get("bytes") else "sha256"
             yield f"{name}: {what} is {actual[what]}; the manifest says {stated.get(what)}"
+        elif names and not (out / name).is_file():
+            yield f"{name}: missing; the manifest lists it"
+    if not names:
+        return
     if not (out / INDEX).is_file() and INDEX not in listed:
         yield f"{INDEX}: missing; only the functional proof was made"
     for path in sorted(out.glob("*.safetensors")):
@@ -129,9 +210,24 @@ def _check_manifest(
         "checkpoint_format": quant.checkpoint_format,
         "tp": tp,
         "layout": manifest["layout"],
-        "sym": manifest.get("sym") if quant.sym is None else quant.sym,
+        "sym": _symmetric(checkpoint) if quant.sym is None else quant.sym,
     }
+    if tp > geometry.heads:
+        yield f"{MANIFEST}: tp is {tp}; must be at most {geometry.heads}, the number of heads"
+    listed = listed_files(manifest)
+    for name in (RUNTIME, WEIGHTS_INDEX, "config.json"):
+        if name not in listed:
+            yield f"{MANIFEST}: files don't list {name}"
+    sources = {name: file.path.stat().st_size for name, file in checkpoint.source.files.items()}
+    stated = manifest["source"].get("files")
+    sizes = {n: e.get("bytes") if isinstance(e, dict) else None for n, e in stated.items()} if (
+        isinstance(stated, dict)) else {}  # fmt: skip
+    if sizes != sources:
+        yield f"{MANIFEST}: source.files are {sizes}; must be {sources}"
     config = read_json(out / "config.json") if (out / "config.json").is_file() else {}
+    inner = config.get("quantization_config")
+    for key in sorted(set(inner if isinstance(inner, dict) else ()) - QUANTISATION_KEYS):
+        yield f"config.json quantization_config: {key} doesn't belong there"
     heads = {"query": geometry.heads, "kv": geometry.kv_heads}
     heads |= {f"padded_{key}": count for key, count in heads.items()}
     for file, actual, expected in (
@@ -154,13 +250,28 @@ def _check_manifest(
         yield f"config.json: {key} is {config[key]!r}; the source doesn't have it"
 
 
-def _check_shared(checkpoint: Checkpoint, stored: _Stored) -> Iterator[str]:
-    for name in checkpoint.shared:
-        tensor = stored.shared(name)
-        if tensor is None:
-            yield f"{name}: missing from the shared files"
-        elif not _same_bits(tensor, checkpoint.source.tensor(name)):
-            yield f"{name}: differs from the source's"
+def _symmetric(checkpoint: Checkpoint) -> bool:
+    """Whether every zero point of the source is neutral."""
+    quant = checkpoint.quant
+    neutral = sum(quant.stored_neutral << shift for shift in range(0, 32, quant.bits))
+    return all(
+        (checkpoint.source.array(f"{layer.name}.qzeros").view(np.uint32) == neutral).all()
+        for layer in checkpoint.layers
+    )
+
+
+def _check_shared(checkpoint: Checkpoint, stored: _Stored, name: str) -> list[str]:
+    file, source = stored.find(name, None), checkpoint.source.file(name)
+    if file is None:
+        return [f"{name}: missing from the shared files"]
+    if file.specs[name] == source.specs[name] and all(
+        np.array_equal(ours(), theirs())
+        for (_, ours), (_, theirs) in zip(
+            file.chunks(name, CHUNK), source.chunks(name, CHUNK), strict=True
+        )
+    ):
+        return []
+    return [f"{name}: differs from the source's"]
 
 
 def _check_names(checkpoint: Checkpoint, stored: _Stored) -> Iterator[str]:
@@ -181,7 +292,10 @@ def _check_names(checkpoint: Checkpoint, stored: _Stored) -> Iterator[str]:
 
 
 def _check_index(out: Path, stored: _Stored) -> Iterator[str]:
-    """The index through which loaders of plain checkpoints find the tensors that all ranks read."""
+    """The indexes: for loaders of plain checkpoints, and of every value's origin."""
+    origins = {f"{name}.{what}" for name in stored.manifest["modules"] for what in ("rows", "cols")}
+    for name in sorted(stored.index_names - origins):
+        yield f"{name}: doesn't belong into {INDEX}"
     path = out / WEIGHTS_INDEX
     if path.is_file():
         found = {name: file.path.name for file in stored.files[None] for name in file.specs}
@@ -198,34 +312,20 @@ def _check_carried(checkpoint: Checkpoint, out: Path) -> Iterator[str]:
             yield f"{path}: differs from the source's"
 
 
-def _same_bits(a: Tensor, b: Tensor) -> bool:
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    return torch.equal(_bits(a), _bits(b))
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    """The same bits as integers, so that NaN equals NaN and 0 differs from -0."""
-    kinds = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.contiguous().view(kinds[tensor.element_size()])
-
-
-@dataclass(frozen=True, eq=False)
-class _Shard:
-    """One rank's stored slice of a layer, unpacked."""
-
-    weights: Unpacked
-    group_size: int
-    perm: Tensor  # (K_r,), the identity where none is stored
-    rows: IntArray  # source row of each stored row, -1 for padding; empty without an index file
-    cols: IntArray
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Whether two new tensors have the same bits: NaN equals NaN, and 0 differs from -0."""
+    ours, theirs = (t.contiguous().flatten().view(torch.uint8) for t in (a, b))
+    whole = len(ours) // 8 * 8  # eight at a time: torch compares numbers one by one
+    return torch.equal(ours[whole:], theirs[whole:]) and torch.equal(
+        ours[:whole].view(torch.int64), theirs[:whole].view(torch.int64)
+    )
 
 
 class _Stored:
     """The tensors of an output, by layer and rank, whichever its layout."""
 
-    def __init__(self, out: Path, manifest: Mapping[str, Any]) -> None:
-        self.manifest = manifest
+    def __init__(self, out: Path, manifest: Mapping[str, Any], kv_heads: int) -> None:
+        self.manifest, self._kv_heads = manifest, kv_heads
         self.tp: int = manifest["tp"]
         self.files: dict[int | None, list[SafetensorsFile]] = {
             rank: [SafetensorsFile(out / name) for name in files]
@@ -234,10 +334,21 @@ class _Stored:
         self.has_index = (out / INDEX).is_file()
         self._index = SafetensorsFile(out / INDEX) if self.has_index else None
 
-    def _find(self, name: str, rank: int | None) -> Tensor | None:
-        for file in self.files[rank if rank in self.files else None]:
+    @property
+    def index_names(self) -> set[str]:
+        """The vectors in the index of origins."""
+        return set(self._index.specs) if self._index else set()
+
+    @property
+    def merged(self) -> bool:
+        """Whether all ranks' shards stand side by side."""
+        return len(self.files) == 1
+
+    def find(self, name: str, rank: int | None) -> SafetensorsFile | None:
+        """The file in which a rank, or (None) every rank, finds a tensor."""
+        for file in self.files[None if self.merged else rank]:
             if name in file.specs:
-                return file.tensor(name)
+                return file
         return None
 
     def parts(self, layer: Layer) -> list[str]:
@@ -247,27 +358,63 @@ class _Stored:
         parts += ["perm"] if module.get("perm") else []
         return parts + (["bias"] if layer.bias and layer.linear.parallel == "column" else [])
 
-    def shared(self, name: str) -> Tensor | None:
-        return self._find(name, None)
+    def check(self, layer: Layer, part: str, wanted: TensorSpec) -> None:
+        """Raise _DamagedError unless every rank finds its slice of this dtype and shape."""
+        for rank in range(self.tp):
+            file = self.find(f"{layer.name}.{part}", rank)
+            if file is None:
+                raise _DamagedError(f"rank {rank}: {part} is missing")
+            spec = file.specs[f"{layer.name}.{part}"]
+            shape = self._cut(layer, part, spec.shape, rank)[1]
+            if spec.dtype != wanted.dtype or shape != wanted.shape:
+                raise _DamagedError(
+                    f"rank {rank}: {part} is {spec.dtype} {list(shape)}; must be {wanted.dtype} "
+                    f"{list(wanted.shape)}"
+                )
 
-    def tensor(self, layer: str, part: str, rank: int) -> Tensor | None:
-        """One rank's slice of a stored tensor, cut out where all ranks' are merged."""
-        tensor = self._find(f"{layer}.{part}", rank)
-        module = self.manifest["modules"][layer]
-        if tensor is None or rank in self.files:
-            return tensor
-        if module["parallel"] == "row":
-            dim, pieces = 0, self.tp
-        else:
-            if part == "perm":
-                return tensor
-            dim, scales = tensor.dim() - 1, self._find(f"{layer}.scales", None)
-            columns = scales.shape[-1] if scales is not None and scales.dim() else 0
-            pieces = columns // module["out_features"]
-        if tensor.dim() == 0 or pieces == 0 or tensor.shape[dim] % pieces:
-            raise _DamagedError(f"{part} {list(tensor.shape)} can't be cut for {self.tp} ranks")
-        size = tensor.shape[dim] // pieces
-        return tensor.narrow(dim, rank * pieces // self.tp * size, size)
+    def load(self, layer: Layer, allocate: Allocate) -> Iterator[dict[str, Array]]:
+        """Every rank's tensors by the last part of their names, which `check` found right."""
+        whole: dict[str, Array] = {}
+        for rank in range(self.tp):
+            if rank == 0 or not self.merged:
+                whole = {
+                    part: self._read(layer, part, rank, allocate) for part in self.parts(layer)
+                }
+            yield {
+                part: array[self._cut(layer, part, array.shape, rank)[0]]
+                for part, array in whole.items()
+            }
+
+    def perm(self, layer: Layer, rank: int) -> IntArray:
+        """One rank's perm, which `check` found right."""
+        perm: IntArray = self._read(layer, "perm", rank, pageable)
+        return perm[self._cut(layer, "perm", perm.shape, rank)[0]]
+
+    def _read(self, layer: Layer, part: str, rank: int, allocate: Allocate) -> Array:
+        name = f"{layer.name}.{part}"
+        file = self.find(name, rank)
+        assert file is not None
+        return file.array(name, allocate)
+
+    def _cut(
+        self, layer: Layer, part: str, shape: tuple[int, ...], rank: int
+    ) -> tuple[tuple[slice, ...], tuple[int, ...]]:
+        """Where a rank's slice lies in a stored tensor, and the slice's shape."""
+        module = self.manifest["modules"][layer.name]
+        column = module["parallel"] == "column"
+        if not self.merged or (column and part == "perm"):
+            return (), shape
+        dim, pieces = len(shape) - 1 if column else 0, self.tp
+        if layer.linear.writes is Axis.KV:  # kv heads that ranks share stand in it once
+            pieces = min(pieces, self._kv_heads)
+        if not shape or shape[dim] % pieces:
+            raise _DamagedError(
+                f"rank {rank}: {part} {list(shape)} can't be cut for {self.tp} ranks"
+            )
+        size = shape[dim] // pieces
+        begin = rank * pieces // self.tp * size
+        slices = (*(slice(None),) * dim, slice(begin, begin + size))
+        return slices, (*shape[:dim], size, *shape[dim + 1 :])
 
     def origin(self, name: str, rank: int) -> IntArray | None:
         """One rank's source rows or columns from the index file."""
@@ -280,86 +427,88 @@ class _Stored:
         return vector
 
 
+@dataclass(frozen=True, eq=False)
+class _Vectors:
+    """Which values one rank's shard of a layer holds; small, and checked before any weight."""
+
+    group_size: int
+    perm: IntArray  # (K_r,), the identity where none is stored
+    rows: IntArray  # source row of each stored row, -1 for padding; empty without an index file
+    cols: IntArray
+
+
+@dataclass(frozen=True, eq=False)
+class _Weights:
+    """A layer's tensors on the device: the source's, or one rank's."""
+
+    qweight: Tensor  # (K/pf, N) int32
+    zeros: Tensor  # (G, N) uint8, as stored
+    scales: Tensor  # (G, N)
+    bias: Tensor | None  # (N,)
+
+
 class _Block:
-    """One block of the source and its shards on every rank."""
+    """One block of the source and its shards on every rank; one layer is in memory at a time."""
 
     def __init__(
         self,
         checkpoint: Checkpoint,
         stored: _Stored,
         layers: Sequence[Layer],
-        device: torch.device,
+        place: Device,
     ) -> None:
-        self.checkpoint, self.stored, self.layers, self.device = checkpoint, stored, layers, device
+        self.checkpoint, self.stored, self.layers, self.place = checkpoint, stored, layers, place
         self.quant, self.geometry = checkpoint.quant, checkpoint.geometry
-        self.source = {layer.name: self._load_source(layer) for layer in layers}
-        self.shards: dict[str, list[_Shard]] = {}
-        self.damaged: list[str] = []
-        for layer in layers:
-            self.shards[layer.name] = []
-            for rank in range(stored.tp):
-                try:
-                    self.shards[layer.name].append(self._load_shard(layer, rank))
-                except _DamagedError as error:
-                    self.damaged.append(f"{layer.name}: rank {rank}: {error}")
+        self.vectors: dict[str, list[_Vectors]] = {}
+        # What the source (rank None) and every rank computed so far, (T, N) of each layer.
+        self.outputs: dict[tuple[str, int | None], Tensor] = {}
+        generator = torch.Generator().manual_seed(0)
+        self.device = torch.device(place.name)
+        limit, shape = 1 << LIMB_BITS, (TOKENS, self.geometry.hidden)
+        integers = torch.randint(-limit, limit, shape, generator=generator)
+        self.x = _Limbs((integers.double() / (limit / 2)).to(self.device))  # one limb
 
     def mismatches(self) -> list[str]:
         """Every difference in this block, one line each."""
-        if self.damaged:
-            return self.damaged
-        found = []
-        for layer in self.layers if self.stored.has_index else ():
-            for rank, shard in enumerate(self.shards[layer.name]):
-                found += [
-                    f"{layer.name}: rank {rank}: {what}" for what in self._exact(layer, rank, shard)
+        damaged = []
+        for layer in self.layers:
+            try:
+                self._check_tensors(layer)
+                self.vectors[layer.name] = [
+                    self._read_vectors(layer, rank) for rank in range(self.stored.tp)
                 ]
-            found += [f"{layer.name}: {what}" for what in self._counts(layer)]
-        return found + list(self._functional())
+            except _DamagedError as error:
+                damaged.append(f"{layer.name}: {error}")
+        return damaged or [line for layer in self.layers for line in self._check_layer(layer)]
 
-    def _load_source(self, layer: Layer) -> Unpacked:
-        def tensor(part: str) -> Tensor:
-            return self.checkpoint.source.tensor(f"{layer.name}.{part}").to(self.device)
-
-        bias = tensor("bias") if layer.bias else None
-        packed = Packed(tensor("qweight"), tensor("qzeros"), tensor("scales"), bias)
-        return packed.unpack(self.quant)
-
-    def _load_shard(self, layer: Layer, rank: int) -> _Shard:
-        stored, module = self.stored, self.stored.manifest["modules"][layer.name]
+    def _check_tensors(self, layer: Layer) -> None:
+        module, pack = self.stored.manifest["modules"][layer.name], self.quant.pack_factor
         k, n, size = module["in_features"], module["out_features"], module["group_size"]
-        pack = self.quant.pack_factor
-        shapes: dict[str, tuple[int, ...]] = {
-            "qweight": (k // pack, n),
-            "qzeros": (k // size, n // pack),
-            "scales": (k // size, n),
-            "perm": (k,),
-            "bias": (n,),
+        if n != self._output_width(layer):
+            raise _DamagedError(f"out_features is {n}; must be {self._output_width(layer)}")
+        wanted = {
+            "qweight": TensorSpec("I32", (k // pack, n)),
+            "qzeros": TensorSpec("I32", (k // size, n // pack)),
+            "scales": TensorSpec(layer.scales.dtype, (k // size, n)),
+            "perm": TensorSpec("I32", (k,)),
         }
-        dtypes: dict[str, torch.dtype] = {
-            part: self.checkpoint.source.tensor(f"{layer.name}.{part}").dtype
-            for part in ("scales", "bias")
-            if part in stored.parts(layer)
-        }
-        tensors = {}
-        for part in stored.parts(layer):
-            shape = shapes[part]
-            tensor = stored.tensor(layer.name, part, rank)
-            dtype = dtypes.get(part, torch.int32)
-            if tensor is None:
-                raise _DamagedError(f"{part} is missing")
-            if tensor.shape != shape or tensor.dtype != dtype:
-                raise _DamagedError(
-                    f"{part} is {tensor.dtype} {list(tensor.shape)}; must be {dtype} {list(shape)}"
-                )
-            tensors[part] = tensor.to(self.device)
-        bias = tensors.pop("bias", None)
-        perm = tensors.pop("perm", torch.arange(k, device=self.device)).long()
-        width = self._input_width(layer)
-        if int(perm.min()) < 0 or int(perm.max()) >= width:
-            raise _DamagedError(f"perm has entries outside 0 to {width - 1}, the rank's input")
-        return _Shard(
-            weights=Packed(**tensors, bias=bias).unpack(self.quant),
-            group_size=size,
+        if layer.bias:
+            wanted["bias"] = TensorSpec(layer.bias.dtype, (n,))
+        for part in self.stored.parts(layer):
+            self.stored.check(layer, part, wanted[part])
+
+    def _read_vectors(self, layer: Layer, rank: int) -> _Vectors:
+        stored, module = self.stored, self.stored.manifest["modules"][layer.name]
+        k, n = module["in_features"], module["out_features"]
+        perm, width = np.arange(k, dtype=np.int32), self._input_width(layer)
+        if module["perm"]:
+            perm = stored.perm(layer, rank)
+        if perm.min() < 0 or perm.max() >= width:
+            raise _DamagedError(
+                f"rank {rank}: perm has entries outside 0 to {width - 1}, the rank's input"
+            )
+        return _Vectors(
+            group_size=module["group_size"],
             perm=perm,
             rows=self._origin(layer, "rows", rank, k, layer.in_features),
             cols=self._origin(layer, "cols", rank, n, layer.out_features),
@@ -373,79 +522,139 @@ class _Block:
         width: int = self.stored.manifest["modules"][producer.name]["out_features"]
         return width
 
+    def _output_width(self, layer: Layer) -> int:
+        """Channels of a rank's output of a layer: the manifest's own for the MLP's alone."""
+        geometry, tp, axis = self.geometry, self.stored.tp, layer.linear.writes
+        if axis is Axis.MLP:
+            reader = next(other for other in self.layers if other.linear.reads is axis)
+            width: int = self.stored.manifest["modules"][reader.name]["in_features"]
+            return width
+        heads = {Axis.QUERY: geometry.heads // tp, Axis.KV: max(1, geometry.kv_heads // tp)}
+        return heads[axis] * geometry.head_dim if axis in heads else geometry.hidden
+
     def _writers(self, axis: Axis) -> list[Layer]:
         return [layer for layer in self.layers if layer.linear.writes is axis]
 
     def _origin(self, layer: Layer, what: str, rank: int, size: int, limit: int) -> IntArray:
         if not self.stored.has_index:
             return np.empty(0, np.int32)
-        vector = self.stored.origin(f"{layer.name}.{what}", rank)
+        try:
+            vector = self.stored.origin(f"{layer.name}.{what}", rank)
+        except _DamagedError as error:
+            raise _DamagedError(f"rank {rank}: {error}") from None
         if vector is None:
-            raise _DamagedError(f"{what} are missing from {INDEX}")
-        if vector.shape != (size,) or vector.min() < -1 or vector.max() >= limit:
+            raise _DamagedError(f"rank {rank}: {what} are missing from {INDEX}")
+        if vector.shape != (size,):
+            raise _DamagedError(f"rank {rank}: {len(vector)} {what} in {INDEX}; must be {size}")
+        if vector.min() < -1 or vector.max() >= limit:
             raise _DamagedError(
-                f"{what} in {INDEX} have shape {list(vector.shape)} and values {vector.min()} to "
-                f"{vector.max()}; must be {size} values from -1 to {limit - 1}"
+                f"rank {rank}: {what} in {INDEX} have values {vector.min()} to {vector.max()}; "
+                f"must be from -1 to {limit - 1}"
             )
         return vector
 
+    def _check_layer(self, layer: Layer) -> Iterator[str]:
+        """Both proofs of one layer: every rank's values, and where a block's half ends its sum."""
+        source = self._load_source(layer)
+        values = unpack_rows(source.qweight, self.quant.bits)
+        self.outputs[layer.name, None] = self._of_source(layer, source, values)
+        columns: Tensor | None = None
+        for rank, tensors in enumerate(self.stored.load(layer, self.place.allocate)):
+            own, vectors = self._load(layer, tensors), self.vectors[layer.name][rank]
+            proof = None
+            if self.stored.has_index:
+                before = self.vectors[layer.name][rank - 1].cols
+                if columns is None or not np.array_equal(vectors.cols, before):
+                    columns = self._columns(source, values, vectors.cols)
+                proof = _Exact(vectors, columns, own, self.quant)
+            self.outputs[layer.name, rank] = self._of_rank(layer, rank, own, proof)
+            if proof:
+                found = (*proof.found(), *self._exact(layer, rank, own, source))
+                yield from (f"{layer.name}: rank {rank}: {what}" for what in found)
+        if self.stored.has_index:
+            yield from (f"{layer.name}: {what}" for what in self._counts(layer))
+        if layer.linear.reads is not Axis.HIDDEN:
+            yield from self._compare_sum(layer)
+
+    def _to(self, array: Array, dtype: str = "I32") -> Tensor:
+        return as_tensor(array, dtype).to(self.device, non_blocking=True)
+
+    def _load_source(self, layer: Layer) -> _Weights:
+        packed = Packed.read(self.checkpoint, layer, self.place.allocate)
+        tensors = {"qweight": packed.qweight, "qzeros": packed.qzeros, "scales": packed.scales}
+        return self._load(layer, tensors | ({} if packed.bias is None else {"bias": packed.bias}))
+
+    def _load(self, layer: Layer, tensors: Mapping[str, Array]) -> _Weights:
+        bias = None
+        if layer.bias and "bias" in tensors:
+            bias = self._to(tensors["bias"], layer.bias.dtype)
+        return _Weights(
+            qweight=self._to(tensors["qweight"]),
+            zeros=unpack_cols(self._to(tensors["qzeros"]), self.quant.bits),
+            scales=self._to(tensors["scales"], layer.scales.dtype),
+            bias=bias,
+        )
+
     # The exact proof.
 
-    def _exact(self, layer: Layer, rank: int, shard: _Shard) -> Iterator[str]:
-        """Every stored value of one shard against the source's."""
-        own, source = shard.weights, self.source[layer.name]
-        real_rows, real_cols = (
-            np.flatnonzero(vector >= 0).astype(np.int32) for vector in (shard.rows, shard.cols)
-        )
-        rows, cols = shard.rows[real_rows], shard.cols[real_cols]
-        stored = gather(own.values, real_rows, real_cols)
-        if not torch.equal(stored, gather(source.values, rows, cols)):
-            yield "qweight holds values that differ from the source's"
+    def _columns(self, source: _Weights, values: Tensor, cols: IntArray) -> Tensor:
+        """The source's values (K, N) with its columns in a shard's order; -1 is any."""
+        if cols[0] >= 0 and np.array_equal(cols, np.arange(cols[0], cols[0] + len(cols))):
+            return values.narrow(1, int(cols[0]), len(cols))
+        words = source.qweight.index_select(1, self._to(np.maximum(cols, 0)))  # whole words move
+        return unpack_rows(words, self.quant.bits)
 
+    def _exact(self, layer: Layer, rank: int, own: _Weights, source: _Weights) -> Iterator[str]:
+        """What stands beside the values of one shard, against the source's."""
+        vectors = self.vectors[layer.name][rank]
+        real_rows, real_cols = (np.flatnonzero(v >= 0) for v in (vectors.rows, vectors.cols))
+        absent = self._to(np.flatnonzero(vectors.cols < 0), "I64")
         # Every group of the shard beside the source group of each of its rows.
-        pairs = np.stack((real_rows // shard.group_size, layer.g_idx[rows]))
-        stored_groups, groups = np.unique(pairs, axis=1)
-        for part in ("zeros", "scales"):
-            stored = gather(_bits(getattr(own, part)), stored_groups, real_cols)
-            if not torch.equal(stored, gather(_bits(getattr(source, part)), groups, cols)):
-                name = "qzeros" if part == "zeros" else part
+        groups = layer.g_idx[vectors.rows[real_rows]]
+        pairs = np.unique(real_rows // vectors.group_size * layer.groups + groups)
+        mine, theirs = (self._to(index, "I64") for index in np.divmod(pairs, layer.groups))
+        own_cols = self._to(real_cols.astype(np.int64), "I64")
+        cols = self._to(vectors.cols[real_cols].astype(np.int64), "I64")
+        for name, ours, sources in (
+            ("qzeros", own.zeros, source.zeros),
+            ("scales", own.scales, source.scales),
+        ):
+            stored = ours.index_select(0, mine).index_select(1, own_cols)
+            if not _same(stored, sources.index_select(0, theirs).index_select(1, cols)):
                 yield f"{name} of its rows' groups differ from the source's"
-
-        padding, absent = (
-            torch.from_numpy(np.flatnonzero(vector < 0)).to(self.device)
-            for vector in (shard.rows, shard.cols)
-        )
-        group = padding // shard.group_size
-        steps = own.values[padding] - zero_points(own.zeros, self.quant.checkpoint_format)[group]
-        if ((steps != 0) & (own.scales[group] != 0)).any():
-            yield "padding rows are not exactly zero"
-        if (own.scales[:, absent] != 0).any():
+        if len(absent) and (own.scales[:, absent] != 0).any():
             yield "padding columns are not exactly zero"
+        used = np.unique(real_rows // vectors.group_size)
+        empty = np.setdiff1d(np.arange(len(own.scales)), used)
+        if len(empty) and (own.scales[self._to(empty, "I64")] != 0).any():
+            yield "groups of padding alone are not exactly zero"
         if own.bias is not None and source.bias is not None:
-            if not np.array_equal(_bits(own.bias).cpu()[real_cols], _bits(source.bias).cpu()[cols]):
+            if not _same(own.bias[None, own_cols], source.bias[None, cols]):
                 yield "bias differs from the source's"
             if (own.bias[absent] != 0).any():
                 yield "bias of padding columns is not zero"
 
         for feed in self._feeds(layer, rank):
-            fed = feed[shard.perm.cpu().numpy()]
-            wrong = np.flatnonzero((shard.rows >= 0) & (fed != shard.rows))
+            fed = feed[vectors.perm]
+            wrong = np.flatnonzero((vectors.rows >= 0) & (fed != vectors.rows))
             if len(wrong):
                 j = wrong[0]
                 yield (
                     f"perm feeds {len(wrong)} rows from the wrong input, the first row {j} from "
-                    f"channel {fed[j]} instead of {shard.rows[j]}"
+                    f"channel {fed[j]} instead of {vectors.rows[j]}"
                 )
 
     def _feeds(self, layer: Layer, rank: int) -> list[IntArray]:
         """The source channels of a rank's input, according to every layer that produces it."""
         if layer.linear.reads is Axis.HIDDEN:
             return [np.arange(layer.in_features, dtype=np.int32)]
-        return [self.shards[writer.name][rank].cols for writer in self._writers(layer.linear.reads)]
+        return [
+            self.vectors[writer.name][rank].cols for writer in self._writers(layer.linear.reads)
+        ]
 
     def _counts(self, layer: Layer) -> Iterator[str]:
         """Every source row and column is kept once."""
-        shards = self.shards[layer.name]
+        shards = self.vectors[layer.name]
         copies = 1
         if layer.linear.writes is Axis.KV:
             copies = max(1, self.stored.tp // self.geometry.kv_heads)
@@ -461,59 +670,69 @@ class _Block:
 
     # The functional proof: no index file from here on.
 
-    def _functional(self) -> Iterator[str]:
-        """The sum over the ranks against the source's block, in float64, on random input."""
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(TOKENS, self.geometry.hidden, dtype=torch.float64, generator=generator)
-        x = x.to(self.device)
-        for output in (Axis.QUERY, Axis.MLP):
-            layer = next(layer for layer in self.layers if layer.linear.reads is output)
-            expected = self._half(output, x, None)
-            ranks = [self._half(output, x, rank) for rank in range(self.stored.tp)]
-            summed = torch.stack(ranks).sum(dim=0)
-            error, largest = (summed - expected).abs().max(), expected.abs().max()
-            if not error <= TOLERANCE * largest:
-                yield (
-                    f"{layer.name}: the sum over the ranks differs from the source's block by "
-                    f"{error:.1e}; its largest value is {largest:.1e}"
-                )
-
-    def _half(self, axis: Axis, x: Tensor, rank: int | None) -> Tensor:
-        """Attention or MLP: what one rank contributes, or the source (rank None); (T, hidden).
+    def _compare_sum(self, layer: Layer) -> Iterator[str]:
+        """The sum over the ranks against the source's half of a block, on random input.
 
         The row-parallel bias is left out: it is a shared tensor, and added after the sum.
         """
-        inner = [self._apply(layer, x, rank) for layer in self._writers(axis)]
-        if axis is Axis.QUERY:
-            inner += [self._apply(layer, x, rank) for layer in self._writers(Axis.KV)]
-            mixed = self._attention(*inner)
-        else:
-            gate, up = inner
-            mixed = FUNCTIONS[self.geometry.activation](gate) * up
-        reader = next(layer for layer in self.layers if layer.linear.reads is axis)
-        return self._apply(reader, mixed, rank)
+        ranks = [self.outputs[layer.name, rank] for rank in range(self.stored.tp)]
+        expected, summed = self.outputs[layer.name, None], torch.stack(ranks).sum(dim=0)
+        error, largest = (summed - expected).abs().max(), expected.abs().max()
+        if not error <= TOLERANCE * largest:
+            yield (
+                f"{layer.name}: the sum over the ranks differs from the source's block by "
+                f"{error:.1e}; its largest value is {largest:.1e}"
+            )
 
-    def _apply(self, layer: Layer, x: Tensor, rank: int | None) -> Tensor:
-        """A layer's product, and its bias if it is column-parallel."""
-        if rank is None:
-            weights = self.source[layer.name]
-            counts = np.bincount(layer.g_idx, minlength=layer.groups).tolist()
-            order = torch.from_numpy(np.argsort(layer.g_idx, kind="stable")).to(self.device)
-            values, x = weights.values.index_select(0, order), x[:, order]
-        else:
-            shard = self.shards[layer.name][rank]
-            weights, values, x = shard.weights, shard.weights.values, x[:, shard.perm]
-            counts = [shard.group_size] * len(weights.scales)
-        zeros = zero_points(weights.zeros, self.quant.checkpoint_format)
-        out = x.new_zeros(len(x), values.shape[1])
-        # Group by group, so that only one group's weight is ever in float64.
-        for inputs, of_group, zero, scale in zip(
-            x.split(counts, dim=1), values.split(counts), zeros, weights.scales, strict=True
-        ):
-            out += inputs @ of_group.to(x.dtype).sub_(zero).mul_(scale)
-        if weights.bias is not None and layer.linear.parallel == "column":
-            out = out + weights.bias.double()
-        return out
+    def _input(self, layer: Layer, rank: int | None) -> _Limbs:
+        """What one rank's layer, or the source's (rank None), reads."""
+        axis = layer.linear.reads
+        if axis is Axis.HIDDEN:
+            return self.x
+        inner = [self.outputs[writer.name, rank] for writer in self._writers(axis)]
+        if axis is Axis.QUERY:
+            inner += [self.outputs[writer.name, rank] for writer in self._writers(Axis.KV)]
+            return _Limbs(self._attention(*inner))
+        gate, up = inner
+        return _Limbs(FUNCTIONS[self.geometry.activation](gate) * up)
+
+    def _of_source(self, layer: Layer, weights: _Weights, values: Tensor) -> Tensor:
+        """The source's product (T, N): its rows group by group, each filled up to whole units."""
+        unit = self._unit(layer.group_size)
+        counts = np.bincount(layer.g_idx, minlength=layer.groups)
+        units = -(-counts // unit)
+        rows = np.full(units.sum() * unit, -1, np.int64)
+        begins = np.repeat((units.cumsum() - units) * unit - (counts.cumsum() - counts), counts)
+        rows[np.arange(layer.in_features) + begins] = np.argsort(layer.g_idx, kind="stable")
+        index, groups = self._to(rows, "I64"), np.repeat(np.arange(layer.groups), units)
+        product = _Product(self._input(layer, None), index, weights, groups, unit, self.quant)
+        for begin, end in self._slices(len(rows), unit, values.shape[1]):
+            product.add(begin, values.index_select(0, index[begin:end].clamp(min=0)))
+        return product.total
+
+    def _of_rank(self, layer: Layer, rank: int, weights: _Weights, proof: _Exact | None) -> Tensor:
+        """A rank's product (T, N); its values are compared on the way."""
+        vectors, pack = self.vectors[layer.name][rank], self.quant.pack_factor
+        unit, k = self._unit(vectors.group_size), len(vectors.perm)
+        groups = np.arange(0, k, unit) // vectors.group_size
+        perm = self._to(vectors.perm.astype(np.int64), "I64")
+        product = _Product(self._input(layer, rank), perm, weights, groups, unit, self.quant)
+        for begin, end in self._slices(k, unit, weights.qweight.shape[1]):
+            values = unpack_rows(weights.qweight[begin // pack : end // pack], self.quant.bits)
+            product.add(begin, values)
+            if proof:
+                proof.compare(begin, values)
+        return product.total
+
+    def _unit(self, group_size: int) -> int:
+        """Rows whose products are summed exactly, a divisor of the group size."""
+        return math.gcd(group_size, 128, 1 << (MANTISSA - LIMB_BITS - self.quant.bits))
+
+    def _slices(self, rows: int, unit: int, columns: int) -> Iterator[tuple[int, int]]:
+        """Ranges of rows that are worked on at a time: what a core's cache, or a GPU, likes."""
+        whole = math.lcm(unit, self.quant.pack_factor)
+        size = max(1, SLICE[self.device.type] // (columns * whole)) * whole
+        return ((begin, min(begin + size, rows)) for begin in range(0, rows, size))
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Causal softmax attention with rotary embedding, (T, heads * head_dim)."""
@@ -534,6 +753,104 @@ class _Block:
             return heads
         weight = self.checkpoint.source.tensor(full).to(heads)
         return functional.rms_norm(heads, (heads.shape[-1],), weight)
+
+
+class _Exact:
+    """Compares a shard's values with the source's, slice by slice."""
+
+    def __init__(
+        self, vectors: _Vectors, columns: Tensor, own: _Weights, quant: QuantConfig
+    ) -> None:
+        """columns (K, N_r): the source's values with the columns as the shard has them."""
+        self._group_size, self._columns, self._own, self._quant = (
+            vectors.group_size, columns, own, quant
+        )  # fmt: skip
+        self._rows = as_tensor(vectors.rows, "I32").to(columns.device)
+        self._padding = vectors.rows < 0
+        self._absent = as_tensor(vectors.cols < 0, "BOOL").to(columns.device)
+        self._some_absent = bool((vectors.cols < 0).any())
+        self._differs = self._not_zero = False
+
+    def compare(self, begin: int, values: Tensor) -> None:
+        """The rows from `begin` of the shard, (n, N_r) uint8."""
+        end = begin + len(values)
+        expected = self._columns.index_select(0, self._rows[begin:end].clamp(min=0))
+        if self._some_absent:
+            expected = torch.where(self._absent, values, expected)
+        padding = as_tensor(np.flatnonzero(self._padding[begin:end]), "I64").to(values.device)
+        if len(padding):
+            expected[padding] = values[padding]
+            group = (padding + begin) // self._group_size
+            zeros = zero_points(self._own.zeros[group], self._quant.checkpoint_format)
+            real = self._own.scales[group] != 0
+            self._not_zero |= bool(((values[padding] != zeros) & real).any())
+        self._differs |= not _same(values, expected)
+
+    def found(self) -> Iterator[str]:
+        """What differs, in words."""
+        if self._differs:
+            yield "qweight holds values that differ from the source's"
+        if self._not_zero:
+            yield "padding rows are not exactly zero"
+
+
+class _Limbs:
+    """A float64 input (T, K) as a weighted sum of integers that matrix units multiply exactly.
+
+    Products with quantised values are sums of small integers, so that they are exact in float32,
+    and as good as float64 once the limbs are weighed: the proof at the speed of float32.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        largest = float(x.abs().max())
+        scale = 2.0 ** math.ceil(math.log2(largest)) if 0 < largest < math.inf else 1.0
+        rest = x / scale
+        planes: list[Tensor] = []
+        weights: list[float] = []
+        while not planes or (len(planes) < LIMBS and bool(rest.any())):
+            rest = rest * 2**LIMB_BITS
+            planes.append(rest.round())
+            rest = rest - planes[-1]
+            weights.append(scale * 2.0 ** (-LIMB_BITS * len(planes)))
+        self.tokens = len(x)
+        self.planes = torch.cat(planes).float()  # (limbs * T, K)
+        self.weights = x.new_tensor(weights)[:, None, None]
+
+
+class _Product:
+    """An input's product with a layer (T, N), in float64, added up over slices of its rows."""
+
+    def __init__(
+        self,
+        x: _Limbs,
+        channels: Tensor,
+        weights: _Weights,
+        groups: NDArray[np.integer],
+        unit: int,
+        quant: QuantConfig,
+    ) -> None:
+        """channels (n,): the input of each row, -1 for none; groups: of every `unit` of rows."""
+        device = channels.device
+        picked = x.planes.index_select(1, channels.clamp(min=0)).mul_(channels >= 0)
+        self._x = picked.unflatten(1, (-1, unit)).transpose(0, 1)  # (units, limbs * T, unit)
+        self._limbs, self._unit = x, unit
+        group = as_tensor(groups, "I64").to(device)
+        self._zeros = zero_points(weights.zeros, quant.checkpoint_format).float()[group]
+        self._scales = weights.scales.double()[group]
+        columns = weights.scales.shape[1]
+        self.total = torch.zeros(x.tokens, columns, dtype=torch.float64, device=device)
+        if weights.bias is not None:
+            self.total += weights.bias.double()
+
+    def add(self, begin: int, values: Tensor) -> None:
+        """The rows from `begin`, (n, N) uint8."""
+        at = slice(begin // self._unit, (begin + len(values)) // self._unit)
+        x = self._x[at]
+        sums = x @ values.view(-1, self._unit, values.shape[1]).float()
+        sums -= x.sum(dim=2, keepdim=True) * self._zeros[at, None]  # integers, so far
+        limbs = sums.unflatten(1, (-1, self._limbs.tokens)).double()
+        weighed = (limbs * self._limbs.weights).sum(dim=1)
+        self.total += torch.einsum("utn,un->tn", weighed, self._scales[at])
 
 
 class _DamagedError(Exception):

@@ -57,7 +57,7 @@ from tpgptq_convert.manifest import (
     weights_digest,
     wrong_tensors,
 )
-from tpgptq_convert.repack import pack_cols, unpack_cols, zero_points
+from tpgptq_convert.packing import pack_cols, unpack_cols, zero_points
 from tpgptq_convert.source import SafetensorsFile, read_json
 from tpgptq_convert.tpgptq_runtime import Checkpoint
 from tpgptq_convert.writer import checksum

@@ -7,26 +7,31 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from threading import Event, Lock
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from tpgptq_convert.errors import OutputError, TpgptqError, VerificationError
 from tpgptq_convert.manifest import MANIFEST, listed_files, read_manifest
 from tpgptq_convert.source import TensorSpec
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
+SYNCED = 1 << 27  # bytes of a file that are forced to the disk at a time
 ALIGNMENT = 64  # of the data in a file, for readers that map it
 
 
 class Parts:
     """A sequence of tensors, announced beforehand, in files of at most `max_bytes` each.
 
-    A file's header can be written first because every shape is known; then the tensors follow in
-    the order announced, each written once and hashed on the way.
+    Every shape is known, so every tensor's place is. Data is written and hashed by threads; where
+    several processes write one sequence, each writes some of its files.
     """
 
     def __init__(
@@ -35,9 +40,9 @@ class Parts:
         part_name: Callable[[int, int], str],
         specs: Mapping[str, TensorSpec],
         max_bytes: int,
+        pool: ThreadPoolExecutor,
     ) -> None:
         """part_name(part, parts) names a file; a tensor larger than max_bytes has its own."""
-        self._directory = directory
         groups: list[dict[str, TensorSpec]] = []
         filled = max_bytes
         for name, spec in specs.items():
@@ -46,67 +51,125 @@ class Parts:
                 filled = 0
             groups[-1][name] = spec
             filled += spec.nbytes
-        self._pending = [(part_name(i, len(groups)), group) for i, group in enumerate(groups)]
-        self.weight_map = {name: part for part, group in self._pending for name in group}
-        self.total_size = sum(spec.nbytes for spec in specs.values())
-        self.files: dict[str, dict[str, Any]] = {}
-        self._current: _Part | None = None
+        names = [part_name(i, len(groups)) for i in range(len(groups))]
+        self.parts = [
+            Part(directory / name, group, pool) for name, group in zip(names, groups, strict=True)
+        ]
+        self.specs = specs
+        self._at = {name: at for at, group in enumerate(groups) for name in group}
+        ends = accumulate((spec.nbytes for spec in specs.values()), initial=0)
+        *begins, self.total_size = ends
+        self._begin = dict(zip(specs, begins, strict=True))
 
     @property
     def index(self) -> dict[str, Any]:
         """The Hugging Face index of the files: which tensor stands in which."""
-        weight_map = dict(sorted(self.weight_map.items()))
+        weight_map = {name: self.part(name).path.name for name in sorted(self._at)}
         return {"metadata": {"total_size": self.total_size}, "weight_map": weight_map}
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Append the next tensor."""
-        if self._current is None:
-            part, specs = self._pending.pop(0)
-            self._current = _Part(self._directory / part, specs)
-        self._current.write(name, tensor)
-        if self._current.full:
-            self.files[self._current.path.name] = self._current.close()
-            self._current = None
+    def part(self, name: str) -> Part:
+        """The file of a tensor."""
+        return self.parts[self._at[name]]
 
-    def close(self) -> None:
-        """Close a file that was left in the middle."""
-        if self._current is not None:
-            self._current.close()
-            self._current = None
+    def lane(self, name: str, lanes: int) -> int:
+        """Which of so many equal runs of files a tensor's file belongs to."""
+        return self._at[name] * lanes // len(self.parts)
+
+    def position(self, name: str) -> float:
+        """Where a tensor begins, as a fraction of all."""
+        return self._begin[name] / max(1, self.total_size)
+
+    def write(self, tensors: Mapping[str, NDArray[Any]]) -> list[Future[None]]:
+        """Write the next tensors of their files, or the next piece of one.
+
+        It is done when the futures are; the arrays must not change until then.
+        """
+        of_part: dict[Part, dict[str, NDArray[Any]]] = {}
+        for name, array in tensors.items():
+            of_part.setdefault(self.part(name), {})[name] = array
+        return [future for part, some in of_part.items() for future in part.write(some)]
 
 
-class _Part:
-    """One safetensors file being written."""
+class Part:
+    """One safetensors file, its tensors written in order: the hash wants them so.
 
-    def __init__(self, path: Path, specs: Mapping[str, TensorSpec]) -> None:
-        self.path = path
-        self._expected = list(specs.items())[::-1]
+    Writes and hashing are jobs of the pool, and no file stays open, however many there are.
+    """
+
+    def __init__(
+        self, path: Path, specs: Mapping[str, TensorSpec], pool: ThreadPoolExecutor
+    ) -> None:
+        self.path, self.specs = path, specs
+        self._header = _header(specs)
+        self.nbytes = len(self._header) + sum(spec.nbytes for spec in specs.values())
+        self._pool = pool
+        self._due = [(name, spec.nbytes) for name, spec in specs.items()][::-1]
+        self._end = 0  # of what is written, or about to be
         self._hash = hashlib.sha256()
-        self._file = path.open("xb")
-        self._append(_header(specs))
+        self._to_hash: deque[tuple[Sequence[memoryview], Future[None]]] = deque()
+        self._lock = Lock()  # of the two around it
+        self._hashing = False
 
-    @property
-    def full(self) -> bool:
-        return not self._expected
+    def write(self, tensors: Mapping[str, NDArray[Any]]) -> list[Future[None]]:
+        """See `Parts.write`."""
+        data = []
+        if self._end == 0:
+            self.path.open("xb").close()
+            data.append(memoryview(self._header))
+        for name, array in tensors.items():
+            octets = array.reshape(-1).view(np.uint8)
+            expected, left = self._due.pop()
+            if name != expected or len(octets) > left:
+                raise AssertionError(f"{len(octets)} of {name} written where {expected} is due")
+            if len(octets) < left:
+                self._due.append((name, left - len(octets)))
+            data.append(octets.data)
+        offset = self._end
+        self._end += sum(map(len, data))
+        return [self._hash_next(data), self._pool.submit(self._write, data, offset)]
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        import torch
+    def finish(self) -> dict[str, Any]:
+        """Size and SHA-256 of the file, when all its writes are done."""
+        if self._end == 0:  # it has no tensors
+            for future in self.write({}):
+                future.result()
+        if self._due:
+            raise AssertionError(f"{self.path.name}: {self._due[-1][0]} was not written")
+        with self.path.open("r+b") as file:  # before a rename that says that it is there
+            os.fsync(file.fileno())
+        return {"bytes": self.nbytes, "sha256": self._hash.hexdigest()}
 
-        expected, spec = self._expected.pop()
-        data = tensor.detach().cpu().contiguous()
-        octets = data.as_strided((data.numel(),), (1,)).view(torch.uint8)
-        if (name, tuple(data.shape), data.nbytes) != (expected, spec.shape, spec.nbytes):
-            raise AssertionError(f"{name} {tuple(data.shape)} written where {expected} was due")
-        self._append(octets.numpy().data)
+    def _write(self, data: Sequence[memoryview], offset: int) -> None:
+        """To the disk time and again, so that nothing is left to wait for at the end."""
+        begin = offset
+        with self.path.open("r+b", buffering=0) as file:
+            for octets in data:
+                while octets:
+                    written = os.pwrite(file.fileno(), octets, offset)
+                    octets, offset = octets[written:], offset + written
+            if begin // SYNCED < offset // SYNCED:
+                os.fsync(file.fileno())
 
-    def _append(self, data: bytes | memoryview) -> None:
-        self._hash.update(data)
-        self._file.write(data)
+    def _hash_next(self, data: Sequence[memoryview]) -> Future[None]:
+        """Hash the data after what came before; one job of the pool at a time does so."""
+        future: Future[None] = Future()
+        with self._lock:
+            self._to_hash.append((data, future))
+            if not self._hashing:
+                self._hashing = True
+                self._pool.submit(self._hash_all)
+        return future
 
-    def close(self) -> dict[str, Any]:
-        size = self._file.tell()
-        self._file.close()
-        return {"bytes": size, "sha256": self._hash.hexdigest()}
+    def _hash_all(self) -> None:
+        while True:
+            with self._lock:
+                if not self._to_hash:
+                    self._hashing = False
+                    return
+                data, future = self._to_hash.popleft()
+            for octets in data:
+                self._hash.update(octets)
+            future.set_result(None)
 
 
 def _header(specs: Mapping[str, TensorSpec]) -> bytes:
@@ -125,11 +188,15 @@ def _header(specs: Mapping[str, TensorSpec]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def checksum(path: Path) -> dict[str, Any]:
-    """Size and SHA-256 of a file, as the manifest states them."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256")
-    return {"bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+def checksum(path: Path, stop: Event | None = None) -> dict[str, Any]:
+    """Size and SHA-256 of a file, as the manifest states them; wrong once `stop` is set."""
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
+    size = 0
+    with path.open("rb", buffering=0) as file:
+        while (count := file.readinto(buffer)) and not (stop and stop.is_set()):
+            digest.update(buffer[:count])
+            size += count
+    return {"bytes": size, "sha256": digest.hexdigest()}
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -204,23 +271,26 @@ def staging(out: Path, overwrite: bool) -> Iterator[Path]:
 
     After a VerificationError it is kept as OUT.failed, for study.
     """
+    made = [parent for parent in out.parents if not parent.exists()]
+    stage = None
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.tpgptq-", dir=out.parent))
         stage.chmod(0o777 & ~_umask())
-    except OSError as error:
-        raise _cannot_write(out, error) from None
-    try:
         yield stage
         _move(stage, out, overwrite)
     except VerificationError:
         with suppress(OutputError):  # something of somebody else's stands there
-            _move(stage, failed_path(out), overwrite=True)
+            _move(stage or out, failed_path(out), overwrite=True)
         raise
     except OSError as error:
         raise _cannot_write(out, error) from error
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
+        if stage:
+            shutil.rmtree(stage, ignore_errors=True)
+        for parent in made:
+            with suppress(OSError):  # it holds the output
+                parent.rmdir()
 
 
 def failed_path(out: Path) -> Path:
