@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tpgptq_convert.checkpoint import read_checkpoint
-from tpgptq_convert.repack import Packed
+from tpgptq_convert.packing import dequantise
 
 WINDOW = 500  # tokens that perplexity looks at together
 PROMPTS = (
@@ -51,7 +51,7 @@ def source_model(directory: Path) -> nn.Module:
     for layer in checkpoint.layers:
         parts = [tensor(f"{layer.name}.{part}") for part in ("qweight", "qzeros", "scales")]
         g_idx = torch.from_numpy(layer.g_idx).long()
-        weight = Packed(*parts).unpack(quant).dequantise(g_idx, quant, torch.float32)
+        weight = dequantise(*parts, g_idx, quant, torch.float32)
         state[f"{layer.name}.weight"] = weight.T
         if layer.bias:
             state[f"{layer.name}.bias"] = tensor(f"{layer.name}.bias").float()

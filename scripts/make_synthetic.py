@@ -4,7 +4,8 @@ The weights are random 4-bit values with scales that keep the model finite; it w
 rest is as in real desc_act checkpoints: every group has group_size rows, layers that share an
 input share one order of rows, and the rows of o_proj cluster by head. There is no tokenizer. With
 --plain it is a desc_act: false checkpoint instead, whose groups are consecutive rows.
-One tensor at a time is in memory; the same options and torch release give the same bytes.
+A few tensors at a time are in memory; the same options, device and torch release give the same
+bytes.
 
 Usage:
 
@@ -17,7 +18,9 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +42,7 @@ STEP, STEP_ASYM = 4.64, 6.33
 # How far heads differ in activation energy, as a multiple of how far channels of one head do; the
 # rows of a group then spread over the ranks as unevenly as those of SmolLM2-135M's o_proj.
 HEAD_SPREAD = 1.5
+AHEAD = 8  # tensors that are made while others are written
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -88,11 +92,14 @@ PRESETS = {
 class Maker:
     """Names, specs and contents of a checkpoint's tensors, in the order of its files."""
 
-    def __init__(self, shape: Shape, group_size: int, asym: bool, plain: bool, seed: int) -> None:
+    def __init__(
+        self, shape: Shape, group_size: int, asym: bool, plain: bool, seed: int, device: str
+    ) -> None:
         self.shape, self.group_size, self.asym, self.plain = shape, group_size, asym, plain
+        self.device = torch.device(device)
         self.family = FAMILIES[shape.model_type]
         self.biased = self.family.biased({})
-        self.rng = torch.Generator().manual_seed(seed)
+        self.rng = torch.Generator(device).manual_seed(seed)
 
     def tensors(self) -> Iterator[tuple[str, TensorSpec, Make]]:
         """Every tensor: its name, its spec and what makes it, to be called in this order."""
@@ -129,8 +136,8 @@ class Maker:
             key = linear.reads, linear.writes is Axis.MLP
             if key not in orders:
                 orders[key] = self._order(k, linear.reads)
-            out = torch.empty(k, dtype=torch.int32)
-            out[orders[key]] = torch.arange(k, dtype=torch.int32) // size
+            out = torch.empty(k, dtype=torch.int32, device=self.device)
+            out[orders[key]] = torch.arange(k, dtype=torch.int32, device=self.device) // size
             return out
 
         words, zeros = (k // PACK, n), (groups, n // PACK)
@@ -148,17 +155,17 @@ class Maker:
     def _order(self, k: int, axis: Axis) -> Tensor:
         """Rows by falling activation energy, or as they stand."""
         if self.plain:
-            return torch.arange(k)
-        energy = torch.randn(k, generator=self.rng)
+            return torch.arange(k, device=self.device)
+        energy = torch.randn(k, generator=self.rng, device=self.device)
         if axis is Axis.QUERY:
-            heads = torch.randn(self.shape.heads, generator=self.rng)
+            heads = torch.randn(self.shape.heads, generator=self.rng, device=self.device)
             energy += HEAD_SPREAD * heads.repeat_interleave(self.shape.head_dim)
         return energy.argsort(descending=True, stable=True)
 
     def _words(self, shape: tuple[int, int]) -> Tensor:
         """Uniform int32 words, drawn 64 bits at a time."""
         count = shape[0] * shape[1]
-        pairs = torch.empty(-(-count // 2), dtype=torch.int64)
+        pairs = torch.empty(-(-count // 2), dtype=torch.int64, device=self.device)
         pairs.random_(-(2**63), None, generator=self.rng)
         return pairs.view(torch.int32)[:count].view(shape)
 
@@ -166,22 +173,30 @@ class Maker:
         """Zero points as the "gptq" format stores them, one less than they are."""
         if not self.asym:
             return torch.full(shape, SYMMETRIC, dtype=torch.int32)
-        fields = torch.randint(0, 15, (*shape, PACK), dtype=torch.int32, generator=self.rng)
-        return (fields << BITS * torch.arange(PACK, dtype=torch.int32)).sum(-1, dtype=torch.int32)
+        options: Any = {"dtype": torch.int32, "device": self.device}
+        fields = torch.randint(0, 15, (*shape, PACK), generator=self.rng, **options)
+        return (fields << BITS * torch.arange(PACK, **options)).sum(-1, dtype=torch.int32)
 
     def _uniform(self, shape: tuple[int, ...], deviation: float) -> Tensor:
         """fp16 around 0 with this standard deviation."""
         bound = deviation * 3**0.5
-        return torch.empty(shape, dtype=torch.float16).uniform_(-bound, bound, generator=self.rng)
+        values = torch.empty(shape, dtype=torch.float16, device=self.device)
+        return values.uniform_(-bound, bound, generator=self.rng)
 
 
 def write_weights(directory: Path, maker: Maker, max_bytes: int) -> int:
     """Write the weight files, and their index if they are several; returns their bytes."""
     specs = {name: spec for name, spec, _ in maker.tensors()}
-    parts = Parts(directory, part_name, specs, max_bytes)
-    for name, _, make in maker.tensors():
-        parts.write(name, make())
-    if len(parts.files) > 1:
+    with ThreadPoolExecutor() as pool:
+        parts = Parts(directory, part_name, specs, max_bytes, pool)
+        writing: deque[list[Future[None]]] = deque()
+        for name, _, make in maker.tensors():
+            writing.append(parts.write({name: make().cpu().numpy()}))
+            for future in writing.popleft() if len(writing) > AHEAD else ():
+                future.result()
+        for part in parts.parts:
+            part.finish()
+    if len(parts.parts) > 1:
         write_json(directory / WEIGHTS_INDEX, parts.index)
     return parts.total_size
 
@@ -241,6 +256,7 @@ def parse_args() -> tuple[argparse.ArgumentParser, argparse.Namespace]:
     parser.add_argument("--asym", action="store_true", help="random zero points")
     parser.add_argument("--plain", action="store_true", help="desc_act: false")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", help="where random numbers are drawn")
     parser.add_argument("--max-shard-size", type=int, default=5 * 10**9, help="bytes")
     return parser, parser.parse_args()
 
@@ -275,7 +291,7 @@ def main() -> None:
     quant = quantize_config(args.group_size, args.asym, args.plain)
     write_json(args.out / "config.json", model_config(shape, quant))
     write_json(args.out / "quantize_config.json", quant)
-    maker = Maker(shape, args.group_size, args.asym, args.plain, args.seed)
+    maker = Maker(shape, args.group_size, args.asym, args.plain, args.seed, args.device)
     size = write_weights(args.out, maker, args.max_shard_size)
     seconds = time.monotonic() - started
     print(f"{args.out}: {size / 1e9:.3f} GB in {seconds:.1f} s")
