@@ -29,6 +29,11 @@ def zero_offset(checkpoint_format: str) -> int:
     return 1 if checkpoint_format == "gptq" else 0
 
 
+def word_of(value: int, bits: int) -> int:
+    """The word, as unsigned, whose every field holds a value."""
+    return sum(value << shift for shift in range(0, 32, bits))
+
+
 @dataclass(frozen=True)
 class QuantConfig:
     """How the checkpoint says it was quantised; `sym` is None where it doesn't say."""

@@ -325,7 +325,7 @@ class _Output:
             merged = make(_merged_part, self._layer_specs(plan.merged_tensors) | shared)
             self.streams, self.shared = [merged], merged
         else:
-            specs = self._layer_specs(plan.tensors)
+            specs = self._layer_specs(lambda layer: self._tensors[layer.name])
             self.streams = [make(partial(_rank_part, rank), specs) for rank in range(plan.tp)]
             self.shared = make(_shared_part, shared)
 

@@ -20,7 +20,7 @@ from functools import cached_property
 import numpy as np
 
 from tpgptq_convert.checkpoint import Checkpoint, IntArray, Layer
-from tpgptq_convert.config import Geometry
+from tpgptq_convert.config import Geometry, word_of
 from tpgptq_convert.errors import CheckpointError, DegreeError
 from tpgptq_convert.families import Axis, Linear
 from tpgptq_convert.source import TensorSpec
@@ -382,7 +382,7 @@ def check_zero_points(checkpoint: Checkpoint, plans: Sequence[Plan]) -> bool:
         layer.name: checkpoint.source.array(f"{layer.name}.qzeros").view(np.uint32)
         for layer in checkpoint.layers
     }
-    neutral_word = sum(quant.stored_neutral << shift for shift in range(0, 32, quant.bits))
+    neutral_word = word_of(quant.stored_neutral, quant.bits)
     odd = [name for name, fields in words.items() if (fields != neutral_word).any()]
     if quant.sym and odd:
         raise CheckpointError(

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tpgptq_convert.checkpoint import IntArray
+from tpgptq_convert.config import word_of
 from tpgptq_convert.source import Bytes, pageable
 from tpgptq_convert.threads import cores
 
@@ -62,7 +63,7 @@ class Cpu:
                 source = _columns(source, cols)
             filler = constant if fill is None else fill[p].astype(np.uint32)
             _gather_rows(source, begin, inner[p % len(inner)], bits, filler, out[p])
-            out[p][:, cols < 0] = sum(absent << shift for shift in range(0, 32, bits))
+            out[p][:, cols < 0] = word_of(absent, bits)
         return out.view(np.int32)
 
     def transpose(self, array: Array) -> Array:

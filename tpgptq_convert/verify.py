@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tpgptq_convert.checkpoint import Checkpoint, IntArray, Layer
-from tpgptq_convert.config import QuantConfig
+from tpgptq_convert.config import QuantConfig, word_of
 from tpgptq_convert.errors import SourceError
 from tpgptq_convert.families import Axis
 from tpgptq_convert.manifest import (
@@ -253,7 +253,7 @@ def _check_manifest(
 def _symmetric(checkpoint: Checkpoint) -> bool:
     """Whether every zero point of the source is neutral."""
     quant = checkpoint.quant
-    neutral = sum(quant.stored_neutral << shift for shift in range(0, 32, quant.bits))
+    neutral = word_of(quant.stored_neutral, quant.bits)
     return all(
         (checkpoint.source.array(f"{layer.name}.qzeros").view(np.uint32) == neutral).all()
         for layer in checkpoint.layers
@@ -279,7 +279,7 @@ def _check_names(checkpoint: Checkpoint, stored: _Stored) -> Iterator[str]:
     own = {f"{layer.name}.{part}" for layer in checkpoint.layers for part in stored.parts(layer)}
     for rank, files in stored.files.items():
         allowed = own if rank is not None else set(checkpoint.shared)
-        if len(stored.files) == 1:  # merged
+        if stored.merged:
             allowed = allowed | own
         seen: set[str] = set()
         for file in files:
