@@ -50,7 +50,6 @@ TOOL = f"tpgptq-convert {importlib.metadata.version('tpgptq-convert')}"
 
 IN_FLIGHT = 1 << 30  # bytes that are read, repacked or written at a time
 MOST_LANES = 8  # of files of one rank that are written at a time
-CHUNK = 1 << 24  # bytes of a tensor that is copied as it is
 
 Write = tuple[Parts, Mapping[str, Array]]  # tensors by their names
 Accept = Callable[[Parts, str], bool]
@@ -253,7 +252,7 @@ class _Run:
         accept, source = self._accepts(lane, lanes), self.checkpoint.source
         for name in self.outputs[0].shared_specs():
             streams = [output.shared for output in self.outputs if accept(output.shared, name)]
-            for nbytes, read in source.file(name).chunks(name, CHUNK) if streams else ():
+            for nbytes, read in source.file(name).chunks(name) if streams else ():
                 yield _Piece(
                     position=self.outputs[0].shared.position(name) * lanes - lane,
                     source_bytes=nbytes,

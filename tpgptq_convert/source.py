@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import torch
 
 Bytes = NDArray[np.uint8]
+CHUNK = 1 << 24  # bytes that are read at a time of a tensor that is copied or compared as it is
 # The dtypes of safetensors headers, little-endian; those unknown to numpy as their bits.
 DTYPES: dict[str, np.dtype[Any]] = {
     name: np.dtype(kind)
@@ -111,11 +112,11 @@ class SafetensorsFile:
         self._read(data, self._begin[name])
         return data.view(DTYPES[spec.dtype]).reshape(spec.shape)
 
-    def chunks(self, name: str, size: int) -> Iterator[tuple[int, Callable[[], Bytes]]]:
-        """One tensor's bytes in order, at most `size` at a time: how many, and what reads them."""
+    def chunks(self, name: str) -> Iterator[tuple[int, Callable[[], Bytes]]]:
+        """One tensor's bytes in order, a few at a time: how many, and what reads them."""
         begin, nbytes = self._begin[name], self.specs[name].nbytes
-        for at in range(0, max(nbytes, 1), size):
-            count = min(size, nbytes - at)
+        for at in range(0, max(nbytes, 1), CHUNK):
+            count = min(CHUNK, nbytes - at)
             yield count, partial(self._chunk, begin + at, count)
 
     def _chunk(self, begin: int, nbytes: int) -> Bytes:

@@ -57,7 +57,6 @@ from tpgptq_convert.source import (
 from tpgptq_convert.threads import cores, threads
 from tpgptq_convert.writer import checksum
 
-CHUNK = 1 << 24  # bytes that are compared at a time
 TOKENS = 5
 TOLERANCE = 1e-9  # of the largest output; rounding stays far under it
 QUANTISATION_KEYS = {  # of config.json
@@ -266,9 +265,7 @@ def _check_shared(checkpoint: Checkpoint, stored: _Stored, name: str) -> list[st
         return [f"{name}: missing from the shared files"]
     if file.specs[name] == source.specs[name] and all(
         np.array_equal(ours(), theirs())
-        for (_, ours), (_, theirs) in zip(
-            file.chunks(name, CHUNK), source.chunks(name, CHUNK), strict=True
-        )
+        for (_, ours), (_, theirs) in zip(file.chunks(name), source.chunks(name), strict=True)
     ):
         return []
     return [f"{name}: differs from the source's"]
