@@ -14,15 +14,22 @@ or, in a program of yours:
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # the plain torch reference does without
+    triton = None
 
 __all__ = [
     "Checkpoint",
@@ -157,11 +164,763 @@ def _zero_points(qzeros: Tensor, bits: int, checkpoint_format: str) -> Tensor:
     return _unpack(qzeros, bits, 1) + (1 if checkpoint_format == "gptq" else 0)
 
 
+if triton is not None:
+    # The layout the kernels read (`Arranged.packed`): int16 words of S = 16 // BITS integers, in
+    # blocks of 64 columns times S * STORED rows, (N/64, K/(S*STORED), 64, STORED). Integer j of the
+    # word in row r of block t is row (t * S + j) * STORED + r of the layer, so that one integer of
+    # each word makes a slice of STORED consecutive rows.
+
+    @triton.jit
+    def _integers(words, dtype: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
+        """int16 words -> one tensor q - 2**(BITS - 1) in dtype, exact, for each integer q in them.
+
+        With ASM two words are unpacked at a time: a float whose last bits are set to q is a power
+        of two plus q (or 16 q), and one exact subtraction takes the power away.
+        """
+        if ASM and BITS == 4 and dtype == tl.float16:
+            return tl.inline_asm_elementwise(
+                """{
+                .reg .b32 high, minus, sixteenth, minus72;
+                mov.b32 minus, 0x64086408;
+                mov.b32 sixteenth, 0x2c002c00;
+                mov.b32 minus72, 0xd480d480;
+                lop3.b32 $0, $4, 0x000f000f, 0x64006400, 0xea;
+                lop3.b32 $1, $4, 0x00f000f0, 0x64006400, 0xea;
+                shr.u32 high, $4, 8;
+                lop3.b32 $2, high, 0x000f000f, 0x64006400, 0xea;
+                lop3.b32 $3, high, 0x00f000f0, 0x64006400, 0xea;
+                sub.f16x2 $0, $0, minus;
+                fma.rn.f16x2 $1, $1, sixteenth, minus72;
+                sub.f16x2 $2, $2, minus;
+                fma.rn.f16x2 $3, $3, sixteenth, minus72;
+                }""",
+                "=r,=r,=r,=r,r",
+                [words],
+                dtype=(tl.float16, tl.float16, tl.float16, tl.float16),
+                is_pure=True,
+                pack=2,
+            )
+        elif ASM and BITS == 4 and dtype == tl.bfloat16:
+            return tl.inline_asm_elementwise(
+                """{
+                .reg .b32 next, one, minus136;
+                mov.b32 one, 0x3f803f80;
+                mov.b32 minus136, 0xc308c308;
+                lop3.b32 $0, $4, 0x000f000f, 0x43004300, 0xea;
+                shr.u32 next, $4, 4;
+                lop3.b32 $1, next, 0x000f000f, 0x43004300, 0xea;
+                shr.u32 next, $4, 8;
+                lop3.b32 $2, next, 0x000f000f, 0x43004300, 0xea;
+                shr.u32 next, $4, 12;
+                lop3.b32 $3, next, 0x000f000f, 0x43004300, 0xea;
+                fma.rn.bf16x2 $0, $0, one, minus136;
+                fma.rn.bf16x2 $1, $1, one, minus136;
+                fma.rn.bf16x2 $2, $2, one, minus136;
+                fma.rn.bf16x2 $3, $3, one, minus136;
+                }""",
+                "=r,=r,=r,=r,r",
+                [words],
+                dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+                is_pure=True,
+                pack=2,
+            )
+        elif ASM and BITS == 8 and dtype == tl.float16:
+            return tl.inline_asm_elementwise(
+                """{
+                .reg .b32 high, minus;
+                mov.b32 minus, 0x64806480;
+                shr.u32 high, $2, 8;
+                lop3.b32 $0, $2, 0x00ff00ff, 0x64006400, 0xea;
+                lop3.b32 $1, high, 0x00ff00ff, 0x64006400, 0xea;
+                sub.f16x2 $0, $0, minus;
+                sub.f16x2 $1, $1, minus;
+                }""",
+                "=r,=r,r",
+                [words],
+                dtype=(tl.float16, tl.float16),
+                is_pure=True,
+                pack=2,
+            )
+        else:
+            middle: tl.constexpr = 1 << (BITS - 1)
+            values = (((words & (2 * middle - 1)) - middle).to(dtype),)
+            for j in tl.static_range(1, 16 // BITS):
+                values = values + ((((words >> (BITS * j)) & (2 * middle - 1)) - middle).to(dtype),)
+            return values
+
+    @triton.jit
+    def _row(t, j, S: tl.constexpr, STORED: tl.constexpr, ROWS: tl.constexpr):
+        """First row of slice j of tile t; a tile has S slices of ROWS rows."""
+        return (t // (STORED // ROWS) * S + j) * STORED + t % (STORED // ROWS) * ROWS
+
+    @triton.jit
+    def _lines(
+        table, t, n, N, S: tl.constexpr, STORED: tl.constexpr, ROWS: tl.constexpr, GS: tl.constexpr
+    ):
+        """Columns n of a table (G, N): the line of each slice's group.
+
+        Where no 16 rows share one (GS is an odd multiple of 8), those of the groups of its halves.
+        """
+        HALVES: tl.constexpr = 2 if GS % 16 else 1
+        ODD: tl.constexpr = (S * STORED) % GS != 0 and GS % (S * STORED) != 0
+        lines = (tl.load(table + _row(t, 0, S, STORED, ROWS) // GS * N + n),)
+        for j in tl.static_range(1, HALVES * S):
+            if HALVES == 2 or ODD or j * STORED % GS == 0:
+                row = _row(t, j // HALVES, S, STORED, ROWS) + j % HALVES * 8
+                lines = lines + (tl.load(table + row // GS * N + n),)
+            else:
+                lines = lines + (lines[j - 1],)
+        return lines
+
+    @triton.jit
+    def _spread(lines, j: tl.constexpr, ROWS: tl.constexpr, GS: tl.constexpr):
+        """What slice j's weights (BLOCK_N, ROWS) are multiplied with, or less by."""
+        if GS % 16:
+            first = tl.arange(0, ROWS)[None, :] < 8
+            return tl.where(first, lines[2 * j][:, None], lines[2 * j + 1][:, None])
+        else:
+            return lines[j][:, None]
+
+    @triton.jit
+    def _weights(
+        words, scales, zeros, dtype: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr,
+        GS: tl.constexpr, SYM: tl.constexpr, FOLD: tl.constexpr, ASM: tl.constexpr,
+    ):  # fmt: skip
+        """The slices' weights (BLOCK_N, ROWS): integers less zeros, and with FOLD times scales."""
+        values = _integers(words, dtype, BITS, ASM)
+        if SYM and not FOLD:
+            return values
+        else:
+            weights = ()
+            for j in tl.static_range(16 // BITS):
+                value = values[j]
+                if not SYM:
+                    value = value - _spread(zeros, j, ROWS, GS).to(dtype)
+                if FOLD:
+                    value = value * _spread(scales, j, ROWS, GS).to(dtype)
+                weights = weights + (value,)
+            return weights
+
+    @triton.jit
+    def _one_token(
+        x, perm, packed, scales, zeros, N, K, tiles, n, lo, hi,
+        HAS_PERM: tl.constexpr, BITS: tl.constexpr, GS: tl.constexpr, SYM: tl.constexpr,
+        STORED: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
+    ):  # fmt: skip
+        """Tiles lo to hi of one token's products with columns n: (BLOCK_N, 1).
+
+        The S slices of x are columns of one operand, gathered while the tile before is worked on;
+        of the S * S products of slices with slices the S on the diagonal are kept.
+        """
+        S: tl.constexpr = 16 // BITS
+        FOLD: tl.constexpr = GS % 16 != 0
+        r = tl.arange(0, STORED)
+        words = (
+            packed + ((n // 64) * tiles * (64 * STORED) + (n % 64) * STORED)[:, None] + r[None, :]
+        )
+        rows = tl.arange(0, S)[None, :] * STORED + r[:, None]
+        last = hi - 1
+        k = lo * S * STORED + rows
+        if HAS_PERM:
+            k = tl.load(perm + k)
+        operand = tl.load(x + k, mask=(k >= 0) & (k < K), other=0.0)
+        k = tl.minimum(lo + 1, last) * S * STORED + rows
+        if HAS_PERM:
+            k = tl.load(perm + k)
+        scale = _lines(scales, lo, n, N, S, STORED, STORED, GS)
+        zero = scale
+        if not SYM:
+            zero = _lines(zeros, lo, n, N, S, STORED, STORED, GS)
+        sums = (tl.zeros([BLOCK_N, S], tl.float32),)
+        for _ in tl.static_range(1, S):
+            sums = sums + (tl.zeros([BLOCK_N, S], tl.float32),)
+        for t in tl.range(lo, hi, num_stages=STAGES):
+            block = tl.load(words + t * (64 * STORED))
+            next_operand = tl.load(x + k, mask=(k >= 0) & (k < K), other=0.0)
+            following = tl.minimum(t + 1, last)
+            next_scale = _lines(scales, following, n, N, S, STORED, STORED, GS)
+            next_zero = next_scale
+            if not SYM:
+                next_zero = _lines(zeros, following, n, N, S, STORED, STORED, GS)
+            k = tl.minimum(t + 2, last) * S * STORED + rows
+            if HAS_PERM:
+                k = tl.load(perm + k)
+            weights = _weights(
+                block, scale, zero, x.dtype.element_ty, BITS, STORED, GS, SYM, FOLD, ASM
+            )
+            new = ()
+            for j in tl.static_range(S):
+                if FOLD:
+                    new = new + (tl.dot(weights[j], operand, sums[j]),)
+                else:
+                    new = new + (
+                        sums[j] + tl.dot(weights[j], operand) * scale[j].to(tl.float32)[:, None],
+                    )
+            sums = new
+            operand = next_operand
+            scale = next_scale
+            zero = next_zero
+        diagonal = sums[0]
+        for j in tl.static_range(1, S):
+            diagonal = tl.where(tl.arange(0, S)[None, :] == j, sums[j], diagonal)
+        return tl.sum(diagonal, 1)[:, None]
+
+    @triton.jit
+    def _tokens(
+        x, packed, scales, zeros, M, N, K, tiles, stride, m, n, lo, hi,
+        BITS: tl.constexpr, GS: tl.constexpr, SYM: tl.constexpr, EVEN: tl.constexpr,
+        STORED: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+        FOLD: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
+    ):  # fmt: skip
+        """Tiles lo to hi of the products of tokens m with columns n: (BLOCK_N, BLOCK_M)."""
+        S: tl.constexpr = 16 // BITS
+        ODD: tl.constexpr = (S * STORED) % GS != 0 and GS % (S * STORED) != 0
+        r = tl.arange(0, ROWS)
+        words = (
+            packed
+            + ((n // 64) * (tiles // (STORED // ROWS)) * (64 * STORED) + (n % 64) * STORED)[:, None]
+            + r[None, :]
+        )
+        tokens = x + tl.minimum(m, M - 1).to(tl.int64)[None, :] * stride + r[:, None]
+        last = hi - 1
+        scale = _lines(scales, lo, n, N, S, STORED, ROWS, GS)
+        zero = scale
+        if not SYM:
+            zero = _lines(zeros, lo, n, N, S, STORED, ROWS, GS)
+        total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
+        for t in tl.range(lo, hi, num_stages=STAGES):
+            block = tl.load(
+                words + t // (STORED // ROWS) * (64 * STORED) + t % (STORED // ROWS) * ROWS
+            )
+            following = tl.minimum(t + 1, last)
+            next_scale = _lines(scales, following, n, N, S, STORED, ROWS, GS)
+            next_zero = next_scale
+            if not SYM:
+                next_zero = _lines(zeros, following, n, N, S, STORED, ROWS, GS)
+            weights = _weights(
+                block, scale, zero, x.dtype.element_ty, BITS, ROWS, GS, SYM, FOLD, ASM
+            )
+            part = total
+            for j in tl.static_range(S):
+                row = _row(t, j, S, STORED, ROWS)
+                if EVEN:
+                    operand = tl.load(tokens + row)
+                else:
+                    operand = tl.load(tokens + row, mask=(row + r < K)[:, None], other=0.0)
+                if FOLD:
+                    total = tl.dot(weights[j], operand, total)
+                else:
+                    if j == 0 or ODD or j * STORED % GS == 0:
+                        part = tl.dot(weights[j], operand)
+                    else:
+                        part = tl.dot(weights[j], operand, part)
+                    if j == S - 1 or ODD or (j + 1) * STORED % GS == 0:
+                        total += part * scale[j].to(tl.float32)[:, None]
+            scale = next_scale
+            zero = next_zero
+        return total
+
+    @triton.jit
+    def _product(
+        x, perm, packed, scales, zeros, bias, out, partial, counters,
+        M, N, K, columns, tiles, stride, splits,
+        HAS_PERM: tl.constexpr, HAS_BIAS: tl.constexpr, BITS: tl.constexpr, GS: tl.constexpr,
+        SYM: tl.constexpr, EVEN: tl.constexpr, STORED: tl.constexpr, ROWS: tl.constexpr,
+        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FOLD: tl.constexpr, STAGES: tl.constexpr,
+        ASM: tl.constexpr, EARLY: tl.constexpr,
+    ):  # fmt: skip
+        """out (M, columns) = x (M, K) @ W, one block of it over one of `splits` parts of K's tiles.
+
+        The last program to finish a block adds up what all have left in `partial`, in order.
+        """
+        if EARLY:  # on Hopper: be there when the kernel before ends
+            tl.inline_asm_elementwise(
+                "griddepcontrol.launch_dependents; // $0",
+                "=r",
+                [],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
+            tl.inline_asm_elementwise(
+                "griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+            )
+        part = tl.program_id(2)
+        lo = tiles * part // splits
+        hi = tiles * (part + 1) // splits
+        m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+        n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+        if BLOCK_M == 1:
+            total = _one_token(
+                x, perm, packed, scales, zeros, N, K, tiles, n, lo, hi,
+                HAS_PERM, BITS, GS, SYM, STORED, BLOCK_N, STAGES, ASM,
+            )  # fmt: skip
+        else:
+            total = _tokens(
+                x, packed, scales, zeros, M, N, K, tiles, stride, m, n, lo, hi,
+                BITS, GS, SYM, EVEN, STORED, ROWS, BLOCK_M, BLOCK_N, FOLD, STAGES, ASM,
+            )  # fmt: skip
+        done = True
+        if splits > 1:
+            block = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+            own = (
+                partial
+                + block * splits * (BLOCK_N * BLOCK_M)
+                + tl.arange(0, BLOCK_N)[:, None] * BLOCK_M
+                + tl.arange(0, BLOCK_M)[None, :]
+            )
+            tl.store(own + part * (BLOCK_N * BLOCK_M), total)
+            tl.debug_barrier()
+            done = tl.atomic_add(counters + block, 1, sem="acq_rel") == splits - 1
+            if done:
+                tl.debug_barrier()
+                total = tl.load(own, cache_modifier=".cg")
+                for q in range(1, splits):
+                    total += tl.load(own + q * (BLOCK_N * BLOCK_M), cache_modifier=".cg")
+                tl.store(counters + block, 0)
+        if done:
+            if HAS_BIAS:
+                total += tl.load(bias + n).to(tl.float32)[:, None]
+            at = out + m.to(tl.int64)[None, :] * columns + n[:, None]
+            tl.store(
+                at, total.to(out.dtype.element_ty), mask=(m < M)[None, :] & (n < columns)[:, None]
+            )
+
+    @triton.jit
+    def _expand(
+        packed, scales, zeros, out, N, tiles, BITS: tl.constexpr, GS: tl.constexpr,
+        SYM: tl.constexpr, STORED: tl.constexpr, ASM: tl.constexpr,
+    ):  # fmt: skip
+        """Tile by tile the weights of 64 columns each, into out (N, K')."""
+        S: tl.constexpr = 16 // BITS
+        t = tl.program_id(0)
+        n = tl.arange(0, 64)
+        r = tl.arange(0, STORED)
+        block = (tl.program_id(1) * tiles + t).to(tl.int64) * (64 * STORED)
+        words = tl.load(packed + block + n[:, None] * STORED + r[None, :])
+        n += tl.program_id(1) * 64
+        scale = _lines(scales, t, n, N, S, STORED, STORED, GS)
+        zero = scale
+        if not SYM:
+            zero = _lines(zeros, t, n, N, S, STORED, STORED, GS)
+        dtype: tl.constexpr = out.dtype.element_ty
+        weights = _weights(words, scale, zero, dtype, BITS, STORED, GS, SYM, True, ASM)
+        for j in tl.static_range(S):
+            k = (t * S + j) * STORED + r
+            tl.store(out + n.to(tl.int64)[:, None] * (tiles * S * STORED) + k[None, :], weights[j])
+
+    @triton.jit
+    def _gather(
+        x, perm, out, M, K, columns, stride,
+        BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
+    ):  # fmt: skip
+        """out[m, j] = x[m, perm[j]], 0 where perm[j] is -1; two rows of 16 bits at a time."""
+        if EARLY:
+            tl.inline_asm_elementwise(
+                "griddepcontrol.launch_dependents; // $0",
+                "=r",
+                [],
+                dtype=tl.int32,
+                is_pure=False,
+                pack=1,
+            )
+            tl.inline_asm_elementwise(
+                "griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+            )
+        m = tl.program_id(0) * 2
+        k = tl.arange(0, BLOCK_K)
+        j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        second = tl.where(m + 1 < M, 1, 0)
+        source = x + m.to(tl.int64) * stride + k
+        low = tl.load(source, mask=k < K, other=0).to(tl.int32)
+        high = tl.load(source + stride, mask=k < K * second, other=0).to(tl.int32)
+        index = tl.load(perm + j, mask=j < columns, other=-1)
+        pair = tl.gather((low & 0xFFFF) | (high << 16), tl.maximum(index, 0), 0)
+        pair = tl.where(index < 0, 0, pair)
+        target = out + m.to(tl.int64) * columns + j
+        tl.store(target, pair.to(tl.int16), mask=j < columns)
+        tl.store(target + columns, (pair >> 16).to(tl.int16), mask=j < columns * second)
+
+
+class Launch(NamedTuple):
+    """How `_product` is launched for some number of tokens; any value gives the same function."""
+
+    BLOCK_M: int
+    BLOCK_N: int
+    ROWS: int
+    FOLD: bool  # scales go into the weights, and not onto the sums of each group
+    STAGES: int
+    warps: int
+    splits: int
+
+
+class Arranged(NamedTuple):
+    """Layers of one input side by side, as the kernels read them: `arrange` makes it.
+
+    packed int16 (N'/64, K'/(S * STORED), 64, STORED), S = 16 // bits; scales (G', N'); zeros
+    (G', N') less 2**(bits - 1), None where all are that; perm int32 (K',), -1 for a row of zeros,
+    None: the identity; bias (N',) or None. K' and N' are K and N (out_features) rounded up to whole
+    blocks.
+    """
+
+    packed: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    perm: Tensor | None
+    bias: Tensor | None
+    counters: Tensor
+    bits: int
+    group_size: int
+    out_features: int
+
+    @property
+    def stored(self) -> int:
+        return self.packed.shape[3]
+
+    @property
+    def rows(self) -> int:
+        """K'."""
+        return self.packed.shape[1] * self.stored * (16 // self.bits)
+
+    @property
+    def columns(self) -> int:
+        """N'."""
+        return self.packed.shape[0] * 64
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight (K', N'), computed in `dtype`: the plain form of what the kernels do."""
+        values = [
+            (self.packed >> self.bits * j) & (2**self.bits - 1) for j in range(16 // self.bits)
+        ]
+        steps = torch.stack(values, 2).permute(1, 2, 4, 0, 3).reshape(self.rows, self.columns)
+        steps = steps - 2 ** (self.bits - 1)
+        group = torch.arange(self.rows, device=steps.device) // self.group_size
+        if self.zeros is not None:
+            steps = steps - self.zeros[group].to(steps.dtype)
+        weight: Tensor = steps.to(dtype) * self.scales[group].to(dtype)
+        return weight
+
+    def gather(self, x: Tensor) -> Tensor:
+        """x (M, K) -> (M, K'), each row's own element of it, 0 for a row of zeros."""
+        if self.perm is None:
+            return nn.functional.pad(x, (0, self.rows - x.shape[1]))
+        return x[:, self.perm.clamp(min=0)].masked_fill(self.perm < 0, 0)
+
+    def reference(self, x: Tensor) -> Tensor:
+        """x (M, K) -> (M, out_features), without a kernel."""
+        out = self.gather(x) @ self.weight(x.dtype)
+        if self.bias is not None:
+            out = out + self.bias.to(x.dtype)
+        return out[:, : self.out_features]
+
+
+def arrange(
+    layers: Sequence[Mapping[str, Tensor]],
+    bits: int = 4,
+    checkpoint_format: str = "gptq",
+) -> Arranged:
+    """Rearrange shards that share an input and its perm, once, for the kernels.
+
+    layers: tensors as in QuantLinear, on the device where they will be used; their columns are put
+    side by side. Costs a few passes over the integers, once; the result is as large as the shards,
+    and holds the same integers and scales.
+    """
+    first = layers[0]
+    perm = first.get("perm")
+    rows = first["qweight"].shape[0] * 32 // bits
+    groups = first["scales"].shape[0]
+    size = rows // groups
+    widths = [layer["scales"].shape[1] for layer in layers]
+    columns = sum(widths)
+    middle = 2 ** (bits - 1)
+
+    def side_by_side(tensors: Sequence[Tensor], fill: float = 0) -> Tensor:
+        return nn.functional.pad(torch.cat(list(tensors), -1), (0, -columns % 64), value=fill)
+
+    scales = side_by_side([layer["scales"] for layer in layers])
+    points = [_zero_points(layer["qzeros"], bits, checkpoint_format) for layer in layers]
+    zeros = side_by_side([point.to(torch.int16) for point in points], middle) - middle
+    values = side_by_side([_unpack(layer["qweight"], bits, 0) for layer in layers], middle)
+    bias = None
+    if any("bias" in layer for layer in layers):
+        none = [torch.zeros(width, dtype=scales.dtype, device=scales.device) for width in widths]
+        bias = side_by_side(
+            [layer.get("bias", zero) for layer, zero in zip(layers, none, strict=True)]
+        )
+
+    size = 1 << 30 if groups == 1 else size
+    stored = next((stored for stored in (64, 32) if size % stored == 0), 16)
+    slices = 16 // bits
+    surplus = -len(values) % (slices * stored)
+    values = nn.functional.pad(values, (0, 0, 0, surplus), value=middle)
+    if perm is not None:
+        perm = nn.functional.pad(perm, (0, surplus), value=-1).int()
+    more = -(-len(values) // size) - groups
+    scales, zeros = (nn.functional.pad(table, (0, 0, 0, more)) for table in (scales, zeros))
+    parts = values.to(torch.int16).view(-1, slices, stored, values.shape[1] // 64, 64)
+    parts = parts.permute(3, 0, 1, 4, 2)  # columns / 64, blocks, slices, 64, rows of a slice
+    packed = parts[:, :, 0].clone(memory_format=torch.contiguous_format)
+    for j in range(1, slices):
+        packed |= parts[:, :, j] << bits * j
+    return Arranged(
+        packed=packed,
+        scales=scales.contiguous(),
+        zeros=zeros.to(scales.dtype).contiguous() if bool((zeros != 0).any()) else None,
+        perm=perm,
+        bias=bias,
+        counters=torch.zeros(_COUNTERS, dtype=torch.int32, device=values.device),
+        bits=bits,
+        group_size=size,
+        out_features=columns,
+    )
+
+
+_COUNTERS = 1024  # blocks that may be shared out among programs
+_MANY = 1024  # tokens, from which on it pays to expand the weights for cuBLAS
+_SLAB = 1 << 26  # bytes of expanded weights at a time
+_GATHER = 16384  # longest row that the gather's kernel holds at a time
+_TUNED: dict[str, Launch] = {}
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def kernels_run_on(device: torch.device | str) -> bool:
+    """Whether the kernels can run there: on a GPU with Triton, or anywhere in its interpreter."""
+    return triton is not None and (torch.device(device).type == "cuda" or _interpreting())
+
+
+@functools.cache
+def _abilities(device: torch.device) -> tuple[int, bool, bool]:
+    """Multiprocessors; whether NVIDIA's assembly may be used; whether a kernel may start early."""
+    if _interpreting():
+        return 132, False, False
+    properties = torch.cuda.get_device_properties(device)
+    nvidia = torch.version.cuda is not None and properties.major >= 8
+    known = triton.compiler.compiler.make_backend(triton.runtime.driver.active.get_current_target())
+    early = nvidia and properties.major >= 9 and hasattr(known.parse_options({}), "launch_pdl")
+    return properties.multi_processor_count, nvidia, early
+
+
+def _key(tokens: int, layer: Arranged) -> str:
+    tokens = 1 if tokens == 1 else min(1024, max(16, 1 << (tokens - 1).bit_length()))
+    sizes = (tokens, layer.rows, layer.columns, layer.group_size, layer.bits)
+    return " ".join(map(str, (*sizes, layer.packed.device.type, layer.zeros is None)))
+
+
+def default_launch(tokens: int, layer: Arranged) -> Launch:
+    """A launch that was good for layers of Llama-2-70B on an H100."""
+    rows, columns = layer.stored, layer.columns
+    processors = _abilities(layer.packed.device)[0]
+    wide = 128 if columns % 128 == 0 else 64
+    if tokens == 1:
+        few = rows < 64 or columns < 64 * processors
+        launch = Launch(1, 64, rows, False, 2 if few else 3, 4 if few else 2, 1)
+        programs = (5 if few and rows == 64 else 7) * processors
+    elif tokens <= 64:
+        height = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
+        launch = Launch(height, wide, rows, rows < 64, 3, 4, 1)
+        programs = 5 * processors // 2
+        if columns // wide * 16 < programs:
+            launch = launch._replace(BLOCK_N=64)
+    else:
+        launch = Launch(128, wide, min(32, rows), True, 3, 4, 1)
+        programs = 2 * processors
+    blocks = -(-tokens // launch.BLOCK_M) * (columns // launch.BLOCK_N)
+    tiles = layer.rows // (launch.ROWS * 16 // layer.bits)
+    splits = 1 if blocks > _COUNTERS else max(1, min(programs // blocks, tiles // 2, 16))
+    return launch._replace(splits=splits)
+
+
+def launches(tokens: int, layer: Arranged) -> list[Launch]:
+    """Launches worth trying, the default first."""
+    default = default_launch(tokens, layer)
+    widths = [width for width in (64, 128, 256) if layer.columns % width == 0]
+    short = min(32, layer.stored)
+    found = [default]
+    if tokens == 1:
+        found += [
+            Launch(1, width, layer.stored, False, stages, warps, 1)
+            for width in widths[:2]
+            for stages in (2, 3)
+            for warps in (2, 4)
+        ]
+    elif tokens <= 64:
+        found += [
+            Launch(default.BLOCK_M, width, rows, fold, stages, 4, 1)
+            for width in widths[:2]
+            for rows in sorted({short, layer.stored})
+            for fold in (False, True)
+            for stages in (3, 4)
+        ]
+    else:
+        found += [
+            Launch(height, width, short, fold, stages, warps, 1)
+            for height, width, warps in ((64, 128, 4), (128, 128, 4), (128, 128, 8), (128, 256, 8))
+            if width in widths
+            for fold in (False, True)
+            for stages in (3, 4)
+        ]
+    tiles = layer.rows // (layer.stored * 16 // layer.bits)
+    counts = {1, 2, 3, 4, default.splits, default.splits * 3 // 2, default.splits * 2}
+    spread = [
+        launch._replace(splits=count)
+        for launch in found
+        for count in sorted(counts)
+        if count == 1
+        or (
+            2 * count <= tiles
+            and 2 * -(-tokens // launch.BLOCK_M) * layer.columns // launch.BLOCK_N <= _COUNTERS
+        )
+    ]
+    return list(dict.fromkeys([default, *spread]))
+
+
+def multiply(x: Tensor, layer: Arranged) -> Tensor:
+    """x (..., K) -> (..., out_features), by the fastest way there is for so many tokens.
+
+    Nothing waits for the device, and memory comes from torch's allocator, so that calls can be
+    captured in a CUDA graph. One layer's calls must follow each other on one stream.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        out = layer.reference(flat)
+    elif len(flat) < _MANY:
+        out = multiply_packed(flat, layer)
+    else:
+        out = multiply_expanded(flat, layer)
+    return out.view(*x.shape[:-1], layer.out_features)
+
+
+def multiply_packed(x: Tensor, layer: Arranged, launch: Launch | None = None) -> Tensor:
+    """x (M, K) -> (M, out_features) by one kernel from the packed integers."""
+    tokens, width = x.shape
+    out = x.new_empty(tokens, layer.out_features)
+    if tokens == 0:
+        return out
+    _, assembly, early = _abilities(x.device)
+    launch = launch or _TUNED.get(_key(tokens, layer)) or default_launch(tokens, layer)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    if launch.BLOCK_M > 1 and layer.perm is not None:
+        x, width = _gathered(x, layer.perm), layer.rows
+    blocks = -(-tokens // launch.BLOCK_M), layer.columns // launch.BLOCK_N
+    partial, counters = x, x
+    if launch.splits > 1:
+        size = blocks[0] * blocks[1] * launch.splits * launch.BLOCK_M * launch.BLOCK_N
+        partial, counters = x.new_empty(size, dtype=torch.float32), layer.counters
+    _product[(*blocks, launch.splits)](
+        x,
+        _or(layer.perm, x),
+        layer.packed,
+        layer.scales,
+        _or(layer.zeros, x),
+        _or(layer.bias, x),
+        out,
+        partial,
+        counters,
+        tokens,
+        layer.columns,
+        width,
+        layer.out_features,
+        layer.rows // (launch.ROWS * 16 // layer.bits),
+        x.stride(0),
+        launch.splits,
+        HAS_PERM=layer.perm is not None,
+        HAS_BIAS=layer.bias is not None,
+        BITS=layer.bits,
+        GS=layer.group_size,
+        SYM=layer.zeros is None,
+        EVEN=width == layer.rows,
+        STORED=layer.stored,
+        ROWS=launch.ROWS,
+        BLOCK_M=launch.BLOCK_M,
+        BLOCK_N=launch.BLOCK_N,
+        FOLD=launch.FOLD or layer.group_size % 16 > 0,
+        STAGES=launch.STAGES,
+        ASM=assembly,
+        EARLY=early,
+        num_warps=launch.warps,
+        **({"launch_pdl": True} if early else {}),
+    )
+    return out
+
+
+def multiply_expanded(x: Tensor, layer: Arranged) -> Tensor:
+    """x (M, K) -> (M, out_features): some columns' weights at a time, and a plain product."""
+    out = x.new_empty(len(x), layer.columns)
+    x = (
+        nn.functional.pad(x, (0, layer.rows - x.shape[1]))
+        if layer.perm is None
+        else _gathered(x, layer.perm)
+    )
+    step = max(1, _SLAB // (layer.rows * 2 * 64)) * 64
+    for at in range(0, layer.columns, step):
+        some = slice(at, min(at + step, layer.columns))
+        torch.mm(x, _expanded(layer, some, x.dtype).t(), out=out[:, some])
+    if layer.bias is not None:
+        out += layer.bias.to(x.dtype)
+    return out[:, : layer.out_features]
+
+
+def _expanded(layer: Arranged, columns: slice, dtype: torch.dtype) -> Tensor:
+    """Weights (columns, K') in `dtype`; the slice's ends are multiples of 64."""
+    packed = layer.packed[columns.start // 64 : columns.stop // 64]
+    out = torch.empty(len(packed) * 64, layer.rows, dtype=dtype, device=packed.device)
+    _expand[packed.shape[1], len(packed)](
+        packed,
+        layer.scales[:, columns],
+        _or(layer.zeros, layer.scales)[:, columns],
+        out,
+        layer.columns,
+        packed.shape[1],
+        BITS=layer.bits,
+        GS=layer.group_size,
+        SYM=layer.zeros is None,
+        STORED=layer.stored,
+        ASM=_abilities(out.device)[1],
+    )
+    return out
+
+
+def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+    """What a kernel is handed where there is no tensor; it doesn't look."""
+    return other if tensor is None else tensor
+
+
+def _gathered(x: Tensor, perm: Tensor) -> Tensor:
+    """x (M, K) -> (M, K'): x[:, perm], 0 where perm is -1."""
+    early = _abilities(x.device)[2]
+    tokens, width = x.shape
+    columns = len(perm)
+    if width > _GATHER:
+        return x[:, perm.clamp(min=0)].masked_fill(perm < 0, 0)
+    out = x.new_empty(tokens, columns)
+    block = min(_GATHER, triton.next_power_of_2(columns))
+    _gather[-(-tokens // 2), -(-columns // block)](
+        x.view(torch.int16),
+        perm,
+        out.view(torch.int16),
+        tokens,
+        width,
+        columns,
+        x.stride(0),
+        BLOCK_K=triton.next_power_of_2(width),
+        BLOCK=block,
+        EARLY=early,
+        num_warps=16,
+        **({"launch_pdl": True} if early else {}),
+    )
+    return out
+
+
 class QuantLinear(nn.Module):
     """x (..., in) -> x[..., perm] @ W, W (K, N) from packed integers in consecutive groups.
 
     qweight (K/pf, N) int32, qzeros (G, N/pf) int32, scales (G, N), perm (K,) int32 or None (the
-    identity), bias (N,) or None; the group of row k is k // (K/G).
+    identity), bias (N,) or None; the group of row k is k // (K/G). This is the plain form, for any
+    device and dtype; `use_kernels` trades it for the fast one.
     """
 
     def __init__(
@@ -174,12 +933,17 @@ class QuantLinear(nn.Module):
         self.in_features = self.qweight.shape[0] * 32 // bits
         self.out_features = self.qweight.shape[1]
         self.group_size = self.in_features // self.scales.shape[0]
+        self._product: Callable[[Tensor], Tensor] | None = None
 
     qweight: Tensor
     qzeros: Tensor
     scales: Tensor
     perm: Tensor | None
     bias: Tensor | None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The shard's tensors by their names in the files."""
+        return dict(self.named_buffers(recurse=False))
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
         """The weight (K, N), computed in `dtype`."""
@@ -189,16 +953,22 @@ class QuantLinear(nn.Module):
         weight: Tensor = (steps * self.scales.to(dtype).unsqueeze(1)).flatten(0, 1)
         return weight
 
-    def forward(self, x: Tensor) -> Tensor:
+    def product(self, x: Tensor) -> Tensor:
+        """What this rank alone makes of x."""
+        if self._product is not None:
+            return self._product(x)
         if self.perm is not None:
             x = x[..., self.perm]
         out: Tensor = x @ self.dequantise(x.dtype)
         return out if self.bias is None else out + self.bias.to(x.dtype)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.product(x)
+
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
-            f"group_size={self.group_size}, perm={self.perm is not None}"
+            f"group_size={self.group_size}, kernels={self._product is not None}"
         )
 
 
@@ -218,16 +988,62 @@ class RowParallelLinear(QuantLinear):
         group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(tensors, bits, checkpoint_format)
-        self.register_buffer("bias_once", bias)
-        self.group = group
-
-    bias_once: Tensor | None
+        self.bias_once, self.group = bias, group
 
     def forward(self, x: Tensor) -> Tensor:
-        out = super().forward(x)
+        out = self.product(x)
         if dist.is_initialized() and dist.get_world_size(self.group) > 1:
             dist.all_reduce(out, group=self.group)
         return out if self.bias_once is None else out + self.bias_once.to(x.dtype)
+
+
+class _SideBySide:
+    """Layers that are fed the same tensor one after another: the first computes all of them."""
+
+    def __init__(self, layer: Arranged, widths: Sequence[int]) -> None:
+        self.layer, self.widths = layer, list(widths)
+        self.x: Tensor | None = None
+        self.version = 0
+        self.parts: list[Tensor | None] = [None] * len(self.widths)
+
+    def product(self, x: Tensor, index: int) -> Tensor:
+        version = 0 if x.is_inference() else x._version
+        if x is not self.x or version != self.version or self.parts[index] is None:
+            self.x, self.version = x, version
+            self.parts = list(multiply(x, self.layer).split(self.widths, -1))
+        part = self.parts[index]
+        assert part is not None
+        self.parts[index] = None
+        if all(other is None for other in self.parts):
+            self.x = None
+        return part
+
+
+def use_kernels(*linears: QuantLinear) -> None:
+    """Let layers that share an input and its perm run as one, by the kernels.
+
+    Their tensors are rearranged where they lie, and the originals let go. Where they are, the
+    kernels must run (`kernels_run_on`).
+    """
+    first = linears[0]
+    layer = arrange([linear.tensors() for linear in linears], first.bits, first.checkpoint_format)
+    together = _SideBySide(layer, [linear.out_features for linear in linears])
+    for index, linear in enumerate(linears):
+        linear._product = (
+            functools.partial(multiply, layer=layer)
+            if len(linears) == 1
+            else functools.partial(together.product, index=index)
+        )
+        for name in list(linear.tensors()):
+            setattr(linear, name, None)
+
+
+def _alike(one: QuantLinear, other: QuantLinear) -> bool:
+    """Whether two layers of a module may share a launch: told apart by their input alone."""
+    sizes = [(linear.in_features, linear.group_size, linear.bits) for linear in (one, other)]
+    if sizes[0] != sizes[1] or (one.perm is None) != (other.perm is None):
+        return False
+    return one.perm is None or other.perm is None or torch.equal(one.perm, other.perm)
 
 
 def swap_linears(
@@ -236,14 +1052,18 @@ def swap_linears(
     rank: int,
     device: torch.device | str = "cpu",
     group: dist.ProcessGroup | None = None,
+    kernels: bool | None = None,
 ) -> None:
     """Put one rank's shards in the place of a Hugging Face model's linear layers, in place.
 
-    Each attention module is told how many query heads share a kv head on this rank.
+    Each attention module is told how many query heads share a kv head on this rank. Unless
+    `kernels` says otherwise, on a GPU the kernels do the work; column-parallel layers of one module
+    that share a perm then run as one.
     """
     manifest = checkpoint.manifest
     quant = {"bits": manifest["bits"], "checkpoint_format": manifest["checkpoint_format"]}
     shared = checkpoint.shared()
+    together: dict[str, list[list[QuantLinear]]] = {}
     for name, parts in checkpoint.rank(rank).items():
         tensors = {part: tensor.to(device) for part, tensor in parts.items()}
         linear: QuantLinear
@@ -256,6 +1076,19 @@ def swap_linears(
             linear = ColumnParallelLinear(tensors, **quant)
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, linear)
+        alike = together.setdefault(parent, [])
+        column = isinstance(linear, ColumnParallelLinear)
+        mine = next((others for others in alike if column and _alike(linear, others[0])), None)
+        if mine is None:
+            alike.append([linear])
+        else:
+            mine.append(linear)
+    if kernels is None:
+        kernels = torch.device(device).type == "cuda" and kernels_run_on(device)
+    if kernels:
+        for alike in together.values():
+            for linears in alike:
+                use_kernels(*linears)
     heads = manifest["heads"]
     query = heads["padded_query"] // checkpoint.tp
     kv = max(1, heads["padded_kv"] // checkpoint.tp)
@@ -294,7 +1127,7 @@ def load_model(
     _fill(model, checkpoint.shared(), config, dtype, device)
     if (checkpoint.directory / "generation_config.json").is_file():
         generation = GenerationConfig.from_pretrained(directory)
-        model.generation_config = generation  # type: ignore[assignment]
+        model.generation_config = generation
     return model.eval()
 
 

@@ -1,0 +1,225 @@
+"""The runtime's kernels against its plain form, as shipped: on a GPU or in Triton's interpreter."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tpgptq_convert import tpgptq_runtime
+from tpgptq_convert.packing import pack_cols, pack_rows
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Triton's interpreter has no arithmetic for bfloat16.
+DTYPES = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(scope="module")
+def runtime(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """The module, imported from a directory where the package is not."""
+    path = tmp_path_factory.mktemp("out") / "tpgptq_runtime.py"
+    shutil.copy(tpgptq_runtime.__file__, path)
+    spec = importlib.util.spec_from_file_location("shipped_kernels", path)
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def poison() -> Iterator[None]:
+    """Memory that torch hands out is full of NaN."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def shard(
+    k: int,
+    n: int,
+    group_size: int,
+    *,
+    bits: int = 4,
+    sym: bool = True,
+    checkpoint_format: str = "gptq",
+    perm: bool = True,
+    dead: bool = False,
+    bias: bool = False,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """Random tensors of a rank's layer; dead: some rows at each group's end are padding."""
+    torch.manual_seed(seed)
+    groups = k // group_size
+    values = torch.randint(0, 2**bits, (k, n))
+    zeros = torch.randint(1, 2**bits, (groups, n))
+    if sym:
+        zeros[:] = 2 ** (bits - 1)
+    if dead:
+        padding = torch.arange(group_size) >= torch.randint(1, group_size, (groups, 1))
+        of_row = zeros.repeat_interleave(group_size, 0)
+        values = torch.where(padding.view(k, 1), of_row, values)
+    stored = zeros - (1 if checkpoint_format == "gptq" else 0)
+    tensors = {
+        "qweight": pack_rows(values.int(), bits),
+        "qzeros": pack_cols(stored.int(), bits),
+        "scales": (torch.rand(groups, n) * 0.01 + 0.002).half(),
+    }
+    if perm:
+        tensors["perm"] = torch.randint(0, k, (k,), dtype=torch.int32)
+    if bias:
+        tensors["bias"] = torch.randn(n).half()
+    return {name: tensor.to(DEVICE) for name, tensor in tensors.items()}
+
+
+def error(out: Tensor, exact: Tensor) -> float:
+    return float((out.double() - exact).norm() / exact.norm())
+
+
+def check(out: Tensor, x: Tensor, linear: Any) -> None:
+    """The three-way rule: at most twice as far from float64 as the plain form in x's dtype."""
+    exact = linear(x.double())
+    assert out.shape == exact.shape
+    assert out.dtype == x.dtype
+    assert error(out, exact) <= 2 * error(linear(x), exact)
+
+
+CASES = {
+    "g128": {"k": 512, "n": 192, "group_size": 128},
+    "g128, no perm": {"k": 512, "n": 128, "group_size": 128, "perm": False},
+    "g64, bias": {"k": 256, "n": 256, "group_size": 64, "bias": True},
+    "g32, asym": {"k": 256, "n": 64, "group_size": 32, "sym": False},
+    "g16": {"k": 192, "n": 64, "group_size": 16},
+    "g8": {"k": 192, "n": 64, "group_size": 8},
+    "g8, asym, no perm": {"k": 64, "n": 64, "group_size": 8, "sym": False, "perm": False},
+    "g24": {"k": 240, "n": 64, "group_size": 24},
+    "g48": {"k": 384, "n": 64, "group_size": 48},
+    "g192": {"k": 768, "n": 64, "group_size": 192, "sym": False},
+    "one group": {"k": 448, "n": 64, "group_size": 448},
+    "odd sizes": {"k": 320, "n": 104, "group_size": 32, "perm": False, "bias": True},
+    "padding": {"k": 1024, "n": 64, "group_size": 32, "dead": True, "sym": False},
+    "v2": {"k": 256, "n": 64, "group_size": 64, "checkpoint_format": "gptq_v2", "sym": False},
+    "8 bits": {"k": 256, "n": 128, "group_size": 128, "bits": 8},
+    "8 bits, asym": {"k": 256, "n": 64, "group_size": 32, "bits": 8, "sym": False},
+    "8 bits, padding": {"k": 512, "n": 64, "group_size": 32, "bits": 8, "dead": True},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_every_format(runtime: ModuleType, case: dict[str, Any], dtype: torch.dtype) -> None:
+    tensors = shard(**case)
+    kind = case.get("bits", 4), case.get("checkpoint_format", "gptq")
+    linear = runtime.QuantLinear(tensors, *kind)
+    layer = runtime.arrange([tensors], *kind)
+    for tokens in (1, 17):
+        x = torch.randn(tokens, case["k"], device=DEVICE).to(dtype)
+        check(runtime.multiply(x, layer), x, linear)
+        exact = linear(x.double())
+        torch.testing.assert_close(layer.reference(x.double()), exact, rtol=1e-12, atol=1e-12)
+        check(runtime.multiply_expanded(x, layer), x, linear)
+    assert not layer.counters.any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 16, 17, 63, 100])
+@pytest.mark.parametrize("group_size", [128, 32, 8])
+def test_every_number_of_tokens(
+    runtime: ModuleType, group_size: int, tokens: int, dtype: torch.dtype
+) -> None:
+    tensors = shard(768, 320, group_size)
+    layer = runtime.arrange([tensors])
+    x = torch.randn(tokens, 768, device=DEVICE).to(dtype)
+    check(runtime.multiply(x, layer), x, runtime.QuantLinear(tensors))
+
+
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("splits", [1, 2, 3])
+@pytest.mark.parametrize(
+    "sizes", [(1, 64, 64), (1, 128, 64), (16, 64, 32), (32, 128, 64), (128, 128, 16)]
+)
+def test_every_launch_gives_the_same(
+    runtime: ModuleType, sizes: tuple[int, int, int], splits: int, fold: bool
+) -> None:
+    tensors = shard(1536, 256, 128)
+    layer = runtime.arrange([tensors])
+    launch = runtime.Launch(*sizes, fold, 3, 4, splits)
+    for tokens in (1,) if sizes[0] == 1 else (5, 40):
+        x = torch.randn(tokens, 1536, device=DEVICE).half()
+        out = runtime.multiply_packed(x, layer, launch)
+        check(out, x, runtime.QuantLinear(tensors))
+        assert torch.equal(out, runtime.multiply_packed(x, layer, launch))
+    assert not layer.counters.any()
+
+
+def test_inputs_of_any_shape(runtime: ModuleType) -> None:
+    tensors = shard(256, 128, 64)
+    linear, layer = runtime.QuantLinear(tensors), runtime.arrange([tensors])
+    whole = torch.randn(4, 6, 512, device=DEVICE).half()
+    for x in (whole[..., :256], whole[1:3, ::2, 128:384], whole[..., ::2], whole[:, 0, :256]):
+        check(runtime.multiply(x, layer), x, linear)
+    check(runtime.multiply(whole[0, 0, :256], layer), whole[0, 0, :256], linear)
+    assert runtime.multiply(whole[:0, 0, :256], layer).shape == (0, 128)
+    exact = linear(whole[0, :, :256].float())
+    torch.testing.assert_close(runtime.multiply(whole[0, :, :256].float(), layer), exact)
+
+
+def test_what_a_token_is_fed_does_not_leak_into_another(runtime: ModuleType) -> None:
+    layer = runtime.arrange([shard(256, 64, 32)])
+    x = torch.randn(5, 256, device=DEVICE).half()
+    x[3] = float("nan")
+    out = runtime.multiply(x, layer)
+    assert out[3].isnan().all()
+    assert not out[[0, 1, 2, 4]].isnan().any()
+
+
+def test_layers_of_one_input_run_as_one(runtime: ModuleType) -> None:
+    parts = [shard(256, n, 64, bias=n != 64, seed=n) for n in (192, 64, 72)]
+    for part in parts:
+        part["perm"] = parts[0]["perm"]
+    plain = [runtime.QuantLinear(part) for part in parts]
+    fast = [runtime.QuantLinear(part) for part in parts]
+    runtime.use_kernels(*fast)
+    launches = []
+    runtime.multiply, multiply = lambda *a: launches.append(a) or multiply(*a), runtime.multiply
+    try:
+        for tokens in (1, 3):
+            x = torch.randn(2, tokens, 256, device=DEVICE).half()
+            for one, other in zip(fast, plain, strict=True):
+                check(one(x), x, other)
+        assert len(launches) == 2
+        x += 1
+        check(fast[1](x), x, plain[1])
+        check(fast[1](x), x, plain[1])
+        x += 1  # the same tensor, other values
+        check(fast[2](x), x, plain[2])
+        assert len(launches) == 5
+        with torch.inference_mode():
+            check(fast[0](x), x, plain[0])
+    finally:
+        runtime.multiply = multiply
+    assert not fast[0].tensors()
+
+
+@pytest.mark.gpu
+def test_calls_can_be_captured_in_a_graph(runtime: ModuleType) -> None:
+    tensors = shard(4096, 1024, 128)
+    linear, layer = runtime.QuantLinear(tensors), runtime.arrange([tensors])
+    for tokens in (1, 16, 300):
+        x = torch.randn(tokens, 4096, device=DEVICE).half()
+        runtime.multiply(x, layer)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = runtime.multiply(x, layer)
+        for _ in range(3):
+            x.normal_()
+            out.fill_(float("nan"))
+            graph.replay()
+            check(out, x, linear)
