@@ -249,6 +249,27 @@ if triton is not None:
             return values
 
     @triton.jit
+    def _start_early(table, nbytes):
+        """On Hopper: let the next kernel in, fetch what no kernel wrote, wait for the last one."""
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred first;
+            .reg .b32 thread;
+            griddepcontrol.launch_dependents;
+            mov.u32 thread, %tid.x;
+            setp.eq.u32 first, thread, 0;
+            @first cp.async.bulk.prefetch.L2.global [$1], $2;
+            griddepcontrol.wait;
+            mov.u32 $0, 0;
+            }""",
+            "=r,l,r",
+            [table.to(tl.int64, bitcast=True), nbytes],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+    @triton.jit
     def _row(t, j, S: tl.constexpr, STORED: tl.constexpr, ROWS: tl.constexpr):
         """First row of slice j of tile t; a tile has S slices of ROWS rows."""
         return (t // (STORED // ROWS) * S + j) * STORED + t % (STORED // ROWS) * ROWS
@@ -433,21 +454,12 @@ if triton is not None:
 
         The last program to finish a block adds up what all have left in `partial`, in order.
         """
-        if EARLY:  # on Hopper: be there when the kernel before ends
-            tl.inline_asm_elementwise(
-                "griddepcontrol.launch_dependents; // $0",
-                "=r",
-                [],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
-            tl.inline_asm_elementwise(
-                "griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
-            )
         part = tl.program_id(2)
         lo = tiles * part // splits
         hi = tiles * (part + 1) // splits
+        if EARLY:
+            bytes_of_tile: tl.constexpr = 16 // BITS * ROWS * 4
+            _start_early(perm + lo * (bytes_of_tile // 4), (hi - lo) * bytes_of_tile)
         m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
         n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
         if BLOCK_M == 1:
@@ -516,17 +528,7 @@ if triton is not None:
     ):  # fmt: skip
         """out[m, j] = x[m, perm[j]], 0 where perm[j] is -1; two rows of 16 bits at a time."""
         if EARLY:
-            tl.inline_asm_elementwise(
-                "griddepcontrol.launch_dependents; // $0",
-                "=r",
-                [],
-                dtype=tl.int32,
-                is_pure=False,
-                pack=1,
-            )
-            tl.inline_asm_elementwise(
-                "griddepcontrol.wait; // $0", "=r", [], dtype=tl.int32, is_pure=False, pack=1
-            )
+            _start_early(perm, columns // 4 * 16)
         m = tl.program_id(0) * 2
         k = tl.arange(0, BLOCK_K)
         j = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -720,7 +722,7 @@ def default_launch(tokens: int, layer: Arranged) -> Launch:
         programs = (5 if few and rows == 64 else 7) * processors
     elif tokens <= 64:
         height = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
-        launch = Launch(height, wide, rows, rows < 64, 3, 4, 1)
+        launch = Launch(height, wide, min(rows, 2048 // height), rows < 64 or height == 64, 3, 4, 1)
         programs = 5 * processors // 2
         if columns // wide * 16 < programs:
             launch = launch._replace(BLOCK_N=64)
@@ -812,7 +814,7 @@ def multiply_packed(x: Tensor, layer: Arranged, launch: Launch | None = None) ->
         partial, counters = x.new_empty(size, dtype=torch.float32), layer.counters
     _product[(*blocks, launch.splits)](
         x,
-        _or(layer.perm, x),
+        layer.packed.view(torch.int32) if layer.perm is None else layer.perm,
         layer.packed,
         layer.scales,
         _or(layer.zeros, x),
