@@ -124,6 +124,12 @@ def bucketed_shard(k: int, n: int, tp: int, row_group: int = 32) -> dict[str, Te
     return tensors
 
 
+def ours_of(layer: str, k: int, n: int, tp: int) -> runtime.Arranged:
+    if layer == "o":
+        return runtime.arrange([bucketed_shard(k, n, tp)])
+    return runtime.arrange([plain_shard(k, n, perm=layer != "down")])
+
+
 class Ways:
     """Ways to multiply, each a function of (layer, K, N, tp) that makes weights and a call."""
 
@@ -147,11 +153,7 @@ class Ways:
         return ["ours", *peers, *(["matmul_248"] if self.matmul248 else []), "fp16"]
 
     def ours(self, layer: str, k: int, n: int, tp: int) -> Call:
-        if layer == "o":
-            tensors = bucketed_shard(k, n, tp)
-        else:
-            tensors = plain_shard(k, n, perm=layer in ("qkv", "gate_up"))
-        arranged = runtime.arrange([tensors])
+        arranged = ours_of(layer, k, n, tp)
         return lambda x: runtime.multiply(x, arranged)
 
     def ours_plain(self, layer: str, k: int, n: int, tp: int) -> Call:
@@ -277,7 +279,7 @@ def main() -> None:
     parser.add_argument("--vllm-library", type=Path, help="vLLM 0.26's compiled kernels")
     parser.add_argument("--matmul248", type=Path, help="a file with auto-gptq's Triton kernel")
     parser.add_argument("--replays", type=int, default=20)
-    parser.add_argument("--tune", type=Path, help="tune ours first; kept in this file")
+    parser.add_argument("--tune", type=Path, help="time launches of ours first; keep them here")
     parser.add_argument("--json", type=Path, help="write every figure here")
     parser.add_argument("--plot", type=Path, help="draw the sums; needs matplotlib")
     args = parser.parse_args()
@@ -291,6 +293,9 @@ def main() -> None:
     )
     results: dict[str, Any] = {"bandwidth": bandwidth, "tokens": tokens, "tp": {}}
     for tp in tps:
+        if args.tune:
+            own = [ours_of(layer, k, n, tp) for layer, (k, n) in layers(tp).items()]
+            runtime.tune(own, tokens, path=args.tune)
         found: dict[str, dict[str, list[Any]]] = {}
         for name in [name for name in ways.names() if re.search(args.ways, name)]:
             found[name] = {

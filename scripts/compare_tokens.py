@@ -1,12 +1,14 @@
 """Compare the ranks of a converted checkpoint with its source: greedy tokens, logits, perplexity.
 
 The source runs dequantised to float32 in one process, as an ordinary transformers model; the ranks
-run in as many processes as the output has, over gloo on the CPU, through the runtime module that
-lies in the output. Needs the package and transformers.
+run in as many processes as the output has, over gloo, through the runtime module that lies in the
+output: in float32 on the CPU, or in float16 by its kernels on one GPU that they share. Needs the
+package and transformers.
 
     python scripts/compare_tokens.py MODEL OUT --text FILE --prompt "The capital of France is"
+    python scripts/compare_tokens.py MODEL OUT --device cuda
 
-Exits with 1 if a token differs.
+Exits with 1 if a token differs; how much less likely the source thinks it is shown with it.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ def answers(model: nn.Module, job: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {"logits": [], "tokens": []}
     with torch.inference_mode():
         for prompt in job["prompts"]:
-            ids = torch.tensor([prompt])
+            ids = torch.tensor([prompt], device=model.device)
             found["logits"].append(model(ids).logits[0, -1].tolist())
             tokens = model.generate(
                 ids,
@@ -78,7 +80,8 @@ def answers(model: nn.Module, job: dict[str, Any]) -> dict[str, Any]:
             )
             found["tokens"].append(tokens[0].tolist())
         if job["text"]:
-            found["perplexity"] = perplexity(model, torch.tensor(job["text"]))
+            text = torch.tensor(job["text"], device=model.device)
+            found["perplexity"] = perplexity(model, text)
     return found
 
 
@@ -99,7 +102,9 @@ def work(out: Path, job: dict[str, Any], answer: Path) -> None:
     import tpgptq_runtime
 
     dist.init_process_group("gloo")
-    model = tpgptq_runtime.load_model(out, dtype=torch.float32)
+    device = job.get("device", "cpu")
+    dtype = torch.float16 if device == "cuda" else torch.float32
+    model = tpgptq_runtime.load_model(out, dtype=dtype, device=device)
     calls: list[int] = []
     all_reduce = dist.all_reduce
 
@@ -109,7 +114,7 @@ def work(out: Path, job: dict[str, Any], answer: Path) -> None:
 
     dist.all_reduce = counted
     with torch.inference_mode():
-        model(torch.tensor([job["prompts"][0]]))
+        model(torch.tensor([job["prompts"][0]], device=device))
     per_block = len(calls) / model.config.num_hidden_layers
     found = answers(model, job) | {"all_reduces_per_block": per_block}
     if dist.get_rank() == 0:
@@ -136,11 +141,25 @@ def run_ranks(out: Path, job: dict[str, Any]) -> dict[str, Any]:
 
 
 def compare(
-    model: Path, out: Path, prompts: list[list[int]], new: int, text: list[int]
+    model: Path,
+    out: Path,
+    prompts: list[list[int]],
+    new: int,
+    text: list[int],
+    device: str = "cpu",
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """(source's, ranks') answers to the same job."""
-    job = {"prompts": prompts, "new": new, "text": text}
+    job = {"prompts": prompts, "new": new, "text": text, "device": device}
     return answers(source_model(model), job), run_ranks(out, job)
+
+
+def gap(model: nn.Module, expected: list[int], got: list[int]) -> str:
+    """Where two answers part, and by how much the source prefers its own."""
+    at = next(i for i, (a, b) in enumerate(zip(expected, got, strict=True)) if a != b)
+    with torch.inference_mode():
+        logits = model(torch.tensor([expected[:at]])).logits[0, -1]
+    own, other = float(logits[expected[at]]), float(logits[got[at]])
+    return f"token {at}: {expected[at]} at {own:.4f}, {got[at]} at {other:.4f}"
 
 
 def main() -> int:
@@ -151,6 +170,7 @@ def main() -> int:
     parser.add_argument("--new-tokens", type=int, default=64)
     parser.add_argument("--text", type=Path, help="a text to measure perplexity on")
     parser.add_argument("--text-tokens", type=int, default=4000)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of the ranks")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -164,13 +184,20 @@ def main() -> int:
     prompts = [tokenizer(prompt).input_ids for prompt in arguments.prompt or PROMPTS]
     text = tokenizer(arguments.text.read_text()).input_ids if arguments.text else []
     source, ranks = compare(
-        arguments.model, arguments.out, prompts, arguments.new_tokens, text[: arguments.text_tokens]
+        arguments.model,
+        arguments.out,
+        prompts,
+        arguments.new_tokens,
+        text[: arguments.text_tokens],
+        arguments.device,
     )
     same = 0
     for prompt, expected, got in zip(prompts, source["tokens"], ranks["tokens"], strict=True):
         equal = sum(a == b for a, b in zip(expected, got, strict=True)) - len(prompt)
         same += equal
         print(f"{equal} of {arguments.new_tokens} tokens the same: {tokenizer.decode(got)!r}")
+        if expected != got:
+            print(f"  {gap(source_model(arguments.model), expected, got)}")
     worst = max(
         abs(a - b)
         for expected, got in zip(source["logits"], ranks["logits"], strict=True)

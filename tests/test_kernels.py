@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -206,6 +207,32 @@ def test_layers_of_one_input_run_as_one(runtime: ModuleType) -> None:
     finally:
         runtime.multiply = multiply
     assert not fast[0].tensors()
+
+
+def test_tuning_keeps_the_fastest_launch(runtime: ModuleType, tmp_path: Path) -> None:
+    layer = runtime.arrange([shard(1024, 256, 64)])
+    choices = runtime.launches(16, layer)
+    assert not choices.index(runtime.default_launch(16, layer))
+    assert len(set(choices)) == len(choices) > 4
+    times = iter([3.0, 2.0, 1.0, *[4.0] * len(choices)])
+    path = tmp_path / "tuned.json"
+    runtime.tune([layer, layer], [16], path=path, measure=lambda call: next(times))
+    best = runtime._TUNED[runtime._key(16, layer)]
+    assert best == choices[2]
+    runtime._TUNED.clear()
+    runtime.tune([], path=path)
+    assert runtime._TUNED == {runtime._key(16, layer): best}
+    x = torch.randn(9, 1024, device=DEVICE).half()  # of the same class as 16
+    used = []
+    packed, runtime.multiply_packed = runtime.multiply_packed, lambda *a: used.append(a)
+    try:
+        runtime.tune([layer], [9], measure=lambda call: call())
+    finally:
+        runtime.multiply_packed = packed
+    assert not used
+    torch.testing.assert_close(
+        runtime.multiply(x, layer), packed(x, layer, best), rtol=0, atol=0, equal_nan=False
+    )
 
 
 @pytest.mark.gpu

@@ -54,6 +54,19 @@ def test_the_ranks_answer_as_the_source_does(
     assert ranks["all_reduces_per_block"] == (2 if tp > 1 else 0)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("tp", [1, 3])
+def test_the_kernels_answer_as_the_source_does(
+    tpgptq: Run, tiny: Path, tmp_path: Path, tp: int
+) -> None:
+    out = tmp_path / "out"
+    assert tpgptq("convert", "--tp", tp, tiny, out).exit_code == 0
+    source, ranks = compare(tiny, out, PROMPTS, 1, list(range(20, 140)), "cuda")
+    expected = torch.tensor(source["logits"])
+    torch.testing.assert_close(torch.tensor(ranks["logits"]), expected, rtol=0, atol=0.05)
+    assert ranks["perplexity"] == pytest.approx(source["perplexity"], rel=1e-2)
+
+
 @pytest.mark.parametrize(
     "shape",
     [

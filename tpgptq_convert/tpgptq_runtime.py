@@ -1,6 +1,6 @@
 """Load and run one rank's shards of a checkpoint written by tpgptq-convert.
 
-This file needs torch alone (and transformers for whole models). It lies in every output and can be
+This file needs torch alone; triton for its kernels, transformers for whole models. It lies in every output and can be
 imported from there:
 
     torchrun --nproc-per-node 2 OUT/tpgptq_runtime.py --prompt "Once upon a time"
@@ -17,7 +17,7 @@ import argparse
 import functools
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,8 +36,13 @@ __all__ = [
     "ColumnParallelLinear",
     "QuantLinear",
     "RowParallelLinear",
+    "arrange",
+    "arranged_layers",
     "load_model",
+    "multiply",
     "swap_linears",
+    "tune",
+    "use_kernels",
 ]
 
 FORMAT_VERSION = 1
@@ -779,6 +784,40 @@ def launches(tokens: int, layer: Arranged) -> list[Launch]:
     return list(dict.fromkeys([default, *spread]))
 
 
+def tune(
+    layers: Iterable[Arranged],
+    tokens: Sequence[int] = (1, 4, 16, 64, 256),
+    dtype: torch.dtype = torch.float16,
+    path: str | Path | None = None,
+    measure: Callable[[Callable[[], object]], float] | None = None,
+) -> None:
+    """Time the launches for layers of each shape and number of tokens, and use the fastest.
+
+    Takes seconds for each shape. What is known already is not timed again. path: a file that keeps
+    the result, for `tune` in another process; measure: times a call, by default triton's do_bench.
+    """
+    if path is not None and Path(path).is_file():
+        known = json.loads(Path(path).read_text(encoding="utf-8"))
+        _TUNED.update({key: Launch(*values) for key, values in known.items()})
+    if measure is None:
+        measure = functools.partial(triton.testing.do_bench, return_mode="median")
+    for layer in layers:
+        for count in tokens:
+            if count >= _MANY or _key(count, layer) in _TUNED:
+                continue
+            x = torch.randn(count, layer.rows, dtype=dtype, device=layer.packed.device)
+            times = {}
+            for launch in launches(count, layer):
+                try:
+                    times[launch] = measure(lambda: multiply_packed(x, layer, launch))  # noqa: B023
+                except triton.runtime.errors.OutOfResources:  # of a smaller GPU
+                    continue
+            _TUNED[_key(count, layer)] = min(times, key=lambda launch: times[launch])
+    if path is not None:
+        text = json.dumps({key: list(launch) for key, launch in _TUNED.items()}, indent=1)
+        Path(path).write_text(text, encoding="utf-8")
+
+
 def multiply(x: Tensor, layer: Arranged) -> Tensor:
     """x (..., K) -> (..., out_features), by the fastest way there is for so many tokens.
 
@@ -935,7 +974,8 @@ class QuantLinear(nn.Module):
         self.in_features = self.qweight.shape[0] * 32 // bits
         self.out_features = self.qweight.shape[1]
         self.group_size = self.in_features // self.scales.shape[0]
-        self._product: Callable[[Tensor], Tensor] | None = None
+        self.kernel: _Kernel | None = None
+        self.index = 0  # of this layer among those that share the kernel
 
     qweight: Tensor
     qzeros: Tensor
@@ -957,8 +997,8 @@ class QuantLinear(nn.Module):
 
     def product(self, x: Tensor) -> Tensor:
         """What this rank alone makes of x."""
-        if self._product is not None:
-            return self._product(x)
+        if self.kernel is not None:
+            return self.kernel.product(x, self.index)
         if self.perm is not None:
             x = x[..., self.perm]
         out: Tensor = x @ self.dequantise(x.dtype)
@@ -970,7 +1010,7 @@ class QuantLinear(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits}, "
-            f"group_size={self.group_size}, kernels={self._product is not None}"
+            f"group_size={self.group_size}, kernel={self.kernel is not None}"
         )
 
 
@@ -999,8 +1039,11 @@ class RowParallelLinear(QuantLinear):
         return out if self.bias_once is None else out + self.bias_once.to(x.dtype)
 
 
-class _SideBySide:
-    """Layers that are fed the same tensor one after another: the first computes all of them."""
+class _Kernel:
+    """What stands for a QuantLinear's tensors once it uses the kernels.
+
+    Layers that are fed the same tensor one after another share one: the first computes all of them.
+    """
 
     def __init__(self, layer: Arranged, widths: Sequence[int]) -> None:
         self.layer, self.widths = layer, list(widths)
@@ -1009,12 +1052,15 @@ class _SideBySide:
         self.parts: list[Tensor | None] = [None] * len(self.widths)
 
     def product(self, x: Tensor, index: int) -> Tensor:
+        if len(self.widths) == 1:
+            return multiply(x, self.layer)
         version = 0 if x.is_inference() else x._version
-        if x is not self.x or version != self.version or self.parts[index] is None:
+        part = self.parts[index]
+        if part is None or x is not self.x or version != self.version:
             self.x, self.version = x, version
             self.parts = list(multiply(x, self.layer).split(self.widths, -1))
-        part = self.parts[index]
-        assert part is not None
+            part = self.parts[index]
+            assert part is not None
         self.parts[index] = None
         if all(other is None for other in self.parts):
             self.x = None
@@ -1029,15 +1075,17 @@ def use_kernels(*linears: QuantLinear) -> None:
     """
     first = linears[0]
     layer = arrange([linear.tensors() for linear in linears], first.bits, first.checkpoint_format)
-    together = _SideBySide(layer, [linear.out_features for linear in linears])
+    kernel = _Kernel(layer, [linear.out_features for linear in linears])
     for index, linear in enumerate(linears):
-        linear._product = (
-            functools.partial(multiply, layer=layer)
-            if len(linears) == 1
-            else functools.partial(together.product, index=index)
-        )
+        linear.kernel, linear.index = kernel, index
         for name in list(linear.tensors()):
             setattr(linear, name, None)
+
+
+def arranged_layers(model: nn.Module) -> list[Arranged]:
+    """What the kernels of a model work on, for `tune`."""
+    products = [m.kernel for m in model.modules() if isinstance(m, QuantLinear) and m.kernel]
+    return list({id(product.layer): product.layer for product in products}.values())
 
 
 def _alike(one: QuantLinear, other: QuantLinear) -> bool:
