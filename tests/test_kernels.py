@@ -221,7 +221,7 @@ def test_tuning_keeps_the_fastest_launch(runtime: ModuleType, tmp_path: Path) ->
     assert best == choices[2]
     runtime._TUNED.clear()
     runtime.tune([], path=path)
-    assert runtime._TUNED == {runtime._key(16, layer): best}
+    assert dict(runtime._TUNED) == {runtime._key(16, layer): best}
     x = torch.randn(9, 1024, device=DEVICE).half()  # of the same class as 16
     used = []
     packed, runtime.multiply_packed = runtime.multiply_packed, lambda *a: used.append(a)

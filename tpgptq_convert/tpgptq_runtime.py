@@ -1,7 +1,7 @@
 """Load and run one rank's shards of a checkpoint written by tpgptq-convert.
 
-This file needs torch alone; triton for its kernels, transformers for whole models. It lies in every output and can be
-imported from there:
+This file needs torch alone; triton for its kernels, transformers for whole models. It lies in every
+output and can be imported from there:
 
     torchrun --nproc-per-node 2 OUT/tpgptq_runtime.py --prompt "Once upon a time"
 
