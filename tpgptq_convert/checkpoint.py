@@ -101,7 +101,7 @@ def read_checkpoint(directory: Path) -> Checkpoint:
         [reader.layer(block, linear) for linear in family.linears]
         for block in range(geometry.blocks)
     ]
-    shared = reader.shared_tensors(tied=config.get("tie_word_embeddings") is True)
+    shared = reader.shared_tensors(tied=family.tied(config))
     if reader.problems:
         raise CheckpointError(*reader.problems, hint=reader.hint)
     layers = tuple(tuple(layer for layer in block if layer) for block in blocks)
@@ -223,7 +223,8 @@ class _LayerReader:
             if tied and name == self.family.head and self._spec(name) is None:
                 continue
             # The vocabulary may be padded in the file: it is what the tensor says.
-            sizes["vocab"] = (getattr(self._spec(name), "shape", ()) or (1,))[0]
+            length = (getattr(self._spec(name), "shape", ()) or (1,))[0]
+            sizes |= {"vocab": length, "positions": length}
             if self._check(name, FLOATS, tuple(sizes[size] for size in shape)):
                 shared.append(name)
         shared += [

@@ -42,10 +42,22 @@ class Linear:
         return "column" if self.reads is Axis.HIDDEN else "row"
 
 
-# What `hidden_act` may say: functions of each channel alone that map 0 to 0.
-ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+# What an activation may be called: functions of each channel alone that map 0 to 0.
+ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2")
 LARGEST = 1 << 22  # of a size in config.json
 ALWAYS = ""  # in Family.biases, in the place of a config key
+NO_KEY = ""
+
+# Our names of what a config.json says about a model, and the keys it says it under.
+KEYS = {
+    "hidden": "hidden_size",
+    "blocks": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "intermediate": "intermediate_size",
+    "activation": "hidden_act",
+}
 
 
 @dataclass(frozen=True)
@@ -57,52 +69,67 @@ class Family:
     block_tensors: Mapping[str, tuple[str, ...]]  # every other tensor of a block: name -> shape
     tensors: Mapping[str, tuple[str, ...]]  # every tensor outside the blocks: name -> shape
     head: str  # the one of them that is absent where embeddings are tied
-    optional: tuple[str, ...]  # tensors (suffixes, where a block's) that some files have
+    optional: tuple[str, ...] = ()  # tensors (suffixes, where a block's) that some files have
     # Key in config.json (true: has biases) -> the layers it speaks of.
     biases: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    # Other keys than those of KEYS; NO_KEY where a config says nothing of it.
+    keys: Mapping[str, str] = field(default_factory=dict)
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # what a config means by silence
 
     def block(self, index: int) -> str:
         return f"{self.prefix}.{index}"
 
+    def said(self, config: Mapping[str, Any], key: str) -> Any:
+        """What a config.json says under a key of its own, or means by its silence."""
+        return self.defaults.get(key) if config.get(key) is None else config[key]
+
+    def tied(self, config: Mapping[str, Any]) -> bool:
+        """Whether the embeddings are the head as well."""
+        return self.said(config, "tie_word_embeddings") is True
+
     def biased(self, config: Mapping[str, Any]) -> frozenset[str]:
         """Names of the layers that have a bias under this config.json."""
         on = (
-            names for key, names in self.biases.items() if key == ALWAYS or config.get(key) is True
+            names
+            for key, names in self.biases.items()
+            if key == ALWAYS or self.said(config, key) is True
         )
         return frozenset(name for names in on for name in names)
 
     def geometry(self, config: dict[str, Any]) -> Geometry:
         """The sizes in config.json; raises CheckpointError where one is missing or absurd."""
         problems = []
+        keys = {**KEYS, **self.keys}
 
-        def size(key: str, default: int | None = None) -> int:
-            value = default if config.get(key) is None else config[key]
+        def size(name: str, default: int | None = None) -> int:
+            value = self.said(config, keys[name])
+            value = default if value is None else value
             if type(value) is not int or not 0 < value <= LARGEST:
                 problems.append(
-                    f"config.json: {key} is {value!r:.40}; must be a positive integer"
+                    f"config.json: {keys[name]} is {value!r:.40}; must be a positive integer"
                     f"{f' up to {LARGEST}' if type(value) is int and value > 0 else ''}"
                 )
                 return 1
             return value
 
-        hidden, heads = size("hidden_size"), size("num_attention_heads")
+        hidden, heads = size("hidden"), size("heads")
         geometry = Geometry(
             hidden=hidden,
-            blocks=size("num_hidden_layers"),
+            blocks=size("blocks"),
             heads=heads,
-            kv_heads=size("num_key_value_heads", heads),
+            kv_heads=size("kv_heads", heads),
             head_dim=size("head_dim", hidden // heads),
-            intermediate=size("intermediate_size"),
-            activation=str(config.get("hidden_act", "silu")),
+            intermediate=size("intermediate", self.defaults.get("intermediate", 0) * hidden),
+            activation=str(self.said(config, keys["activation"]) or "silu"),
         )
         if not problems and heads % geometry.kv_heads:
             problems.append(
-                f"config.json: num_attention_heads is {heads}; must be a multiple of "
-                f"num_key_value_heads, {geometry.kv_heads}"
+                f"config.json: {keys['heads']} is {heads}; must be a multiple of "
+                f"{keys['kv_heads']}, {geometry.kv_heads}"
             )
         if geometry.activation not in ACTIVATIONS:
             problems.append(
-                f"config.json: hidden_act is {geometry.activation!r}; "
+                f"config.json: {keys['activation']} is {geometry.activation!r}; "
                 f"must be one of {', '.join(ACTIVATIONS)}"
             )
         if problems:
@@ -111,49 +138,186 @@ class Family:
 
     def resized(self, config: dict[str, Any], intermediate: int) -> dict[str, Any]:
         """config.json for a model whose MLP was padded to this width."""
-        return config | {"intermediate_size": intermediate}
+        key = self.keys.get("intermediate", KEYS["intermediate"])
+        return config | {key: intermediate}
+
+
+def linears(attention: str, o: str, *mlp: str) -> tuple[Linear, ...]:
+    """q_proj, k_proj, v_proj and the output of `attention`; what writes the MLP, what reads it."""
+    q, k, v = (f"{attention}.{x}_proj" for x in "qkv")
+    return (
+        Linear(q, Axis.HIDDEN, Axis.QUERY),
+        Linear(k, Axis.HIDDEN, Axis.KV),
+        Linear(v, Axis.HIDDEN, Axis.KV),
+        Linear(f"{attention}.{o}", Axis.QUERY, Axis.HIDDEN),
+        *(Linear(name, Axis.HIDDEN, Axis.MLP) for name in mlp[:-1]),
+        Linear(mlp[-1], Axis.MLP, Axis.HIDDEN),
+    )
+
+
+def norms(*names: str, bias: bool = False, shape: str = "hidden") -> dict[str, tuple[str, ...]]:
+    """The tensors of norms."""
+    parts = ("weight", "bias") if bias else ("weight",)
+    return {f"{name}.{part}": (shape,) for name in names for part in parts}
+
+
+def outside(
+    embeddings: str, norm: str, *, bias: bool = False, head: str = "lm_head.weight"
+) -> dict[str, tuple[str, ...]]:
+    """The embeddings, the last norm and the head."""
+    table = ("vocab", "hidden")
+    return {f"{embeddings}.weight": table, **norms(norm, bias=bias), head: table}
 
 
 Q, K, V, O = (f"self_attn.{x}_proj" for x in "qkvo")  # noqa: E741
 GATE, UP, DOWN = (f"mlp.{x}_proj" for x in ("gate", "up", "down"))
+BEFORE, AFTER = "input_layernorm", "post_attention_layernorm"
+QK_NORM = norms("self_attn.q_norm", "self_attn.k_norm", shape="head_dim")  # one for all heads
+TIED = {"tie_word_embeddings": True}
+EVERY_HEAD_ITS_OWN = {"kv_heads": NO_KEY, "head_dim": NO_KEY}  # no grouped heads, hidden / heads
 
 LLAMA = Family(
     prefix="model.layers",
-    linears=(
-        Linear(Q, Axis.HIDDEN, Axis.QUERY),
-        Linear(K, Axis.HIDDEN, Axis.KV),
-        Linear(V, Axis.HIDDEN, Axis.KV),
-        Linear(O, Axis.QUERY, Axis.HIDDEN),
-        Linear(GATE, Axis.HIDDEN, Axis.MLP),
-        Linear(UP, Axis.HIDDEN, Axis.MLP),
-        Linear(DOWN, Axis.MLP, Axis.HIDDEN),
-    ),
-    block_tensors={
-        "input_layernorm.weight": ("hidden",),
-        "post_attention_layernorm.weight": ("hidden",),
-    },
-    tensors={
-        "model.embed_tokens.weight": ("vocab", "hidden"),
-        "model.norm.weight": ("hidden",),
-        "lm_head.weight": ("vocab", "hidden"),
-    },
+    linears=linears("self_attn", "o_proj", GATE, UP, DOWN),
+    block_tensors=norms(BEFORE, AFTER),
+    tensors=outside("model.embed_tokens", "model.norm"),
     head="lm_head.weight",
     optional=("self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq"),
     biases={"attention_bias": (Q, K, V, O), "mlp_bias": (GATE, UP, DOWN)},
 )
+MISTRAL = replace(LLAMA, biases={})
+GEMMA = replace(
+    LLAMA,
+    biases={"attention_bias": (Q, K, V, O)},
+    keys={"activation": "hidden_activation"},
+    defaults={"hidden_activation": "gelu_pytorch_tanh", "head_dim": 256, **TIED},
+)
+FEEDFORWARD = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+STARCODER2 = replace(
+    LLAMA,
+    linears=linears("self_attn", "o_proj", "mlp.c_fc", "mlp.c_proj"),
+    block_tensors=norms(BEFORE, AFTER, bias=True),
+    tensors=outside("model.embed_tokens", "model.norm", bias=True),
+    biases={"use_bias": (Q, K, V, O, "mlp.c_fc", "mlp.c_proj")},
+    defaults={"use_bias": True, "hidden_act": "gelu_pytorch_tanh", **TIED},
+)
 
 FAMILIES: Mapping[str, Family] = {
     "llama": LLAMA,
-    "mistral": replace(LLAMA, biases={}),
+    "mistral": MISTRAL,
+    "ministral": MISTRAL,
     "qwen2": replace(LLAMA, biases={ALWAYS: (Q, K, V)}),
     "qwen3": replace(
         LLAMA,
+        block_tensors={**LLAMA.block_tensors, **QK_NORM},
+        biases={"attention_bias": (Q, K, V, O)},
+    ),
+    "gemma": GEMMA,
+    "gemma2": replace(GEMMA, block_tensors=norms(BEFORE, AFTER, *FEEDFORWARD)),
+    "gemma3_text": replace(GEMMA, block_tensors={**norms(BEFORE, AFTER, *FEEDFORWARD), **QK_NORM}),
+    "granite": LLAMA,
+    "smollm3": replace(LLAMA, defaults=TIED),
+    "seed_oss": replace(
+        LLAMA,
+        biases={
+            "attention_bias": (Q, K, V),
+            "attention_out_bias": (O,),
+            "mlp_bias": (GATE, UP, DOWN),
+        },
+        defaults={"attention_bias": True},
+    ),
+    "ernie4_5": replace(LLAMA, biases={"use_bias": (Q, K, V, O, GATE, UP, DOWN)}, defaults=TIED),
+    "helium": LLAMA,
+    "hunyuan_v1_dense": replace(
+        LLAMA,
         block_tensors={
             **LLAMA.block_tensors,
-            "self_attn.q_norm.weight": ("head_dim",),  # per head: the same on every rank
-            "self_attn.k_norm.weight": ("head_dim",),
+            **norms("self_attn.query_layernorm", "self_attn.key_layernorm", shape="head_dim"),
         },
         biases={"attention_bias": (Q, K, V, O)},
+    ),
+    "exaone4": replace(LLAMA, block_tensors={**norms(AFTER, FEEDFORWARD[1]), **QK_NORM}, biases={}),
+    "olmo": replace(  # its norms have no weights
+        LLAMA,
+        block_tensors={},
+        tensors={name: LLAMA.tensors[name] for name in LLAMA.tensors if "norm" not in name},
+        biases={"attention_bias": (Q, K, V, O)},
+    ),
+    "cohere": replace(
+        LLAMA,
+        block_tensors=norms(BEFORE),
+        biases={"attention_bias": (Q, K, V, O)},
+        defaults=TIED,
+    ),
+    "cohere2": replace(
+        LLAMA,
+        block_tensors=norms(BEFORE),
+        biases={"attention_bias": (Q, K, V, O)},
+        defaults=TIED,
+    ),
+    "stablelm": replace(
+        LLAMA,
+        block_tensors=norms(BEFORE, AFTER, bias=True),
+        tensors=outside("model.embed_tokens", "model.norm", bias=True),
+        biases={"use_qkv_bias": (Q, K, V)},
+    ),
+    "starcoder2": STARCODER2,
+    "nemotron": replace(
+        STARCODER2,
+        linears=linears("self_attn", "o_proj", UP, DOWN),
+        biases={"attention_bias": (Q, K, V, O), "mlp_bias": (UP, DOWN)},
+        defaults={"hidden_act": "relu2"},
+    ),
+    "arcee": replace(
+        LLAMA,
+        linears=linears("self_attn", "o_proj", UP, DOWN),
+        biases={"attention_bias": (Q, K, V, O), "mlp_bias": (UP, DOWN)},
+        defaults={"hidden_act": "relu2"},
+    ),
+    "phi": replace(
+        LLAMA,
+        linears=linears("self_attn", "dense", "mlp.fc1", "mlp.fc2"),
+        block_tensors=norms(BEFORE, bias=True),
+        tensors={
+            **outside("model.embed_tokens", "model.final_layernorm", bias=True),
+            "lm_head.bias": ("vocab",),
+        },
+        biases={ALWAYS: (Q, K, V, "self_attn.dense", "mlp.fc1", "mlp.fc2")},
+        defaults={"hidden_act": "gelu_new"},
+    ),
+    "opt": Family(
+        prefix="model.decoder.layers",
+        linears=linears("self_attn", "out_proj", "fc1", "fc2"),
+        block_tensors=norms("self_attn_layer_norm", "final_layer_norm", bias=True),
+        tensors={
+            **outside("model.decoder.embed_tokens", "model.decoder.final_layer_norm", bias=True),
+            "model.decoder.embed_positions.weight": ("positions", "hidden"),
+        },
+        head="lm_head.weight",
+        biases={"enable_bias": (Q, K, V, "self_attn.out_proj", "fc1", "fc2")},
+        keys={
+            **EVERY_HEAD_ITS_OWN,
+            **{"intermediate": "ffn_dim", "activation": "activation_function"},
+        },
+        defaults={"enable_bias": True, "activation_function": "relu", **TIED},
+    ),
+    "gptj": Family(
+        prefix="transformer.h",
+        linears=linears("attn", "out_proj", "mlp.fc_in", "mlp.fc_out"),
+        block_tensors=norms("ln_1", bias=True),
+        tensors={
+            **outside("transformer.wte", "transformer.ln_f", bias=True),
+            "lm_head.bias": ("vocab",),
+        },
+        head="lm_head.weight",
+        optional=("attn.bias", "attn.masked_bias"),
+        biases={ALWAYS: ("mlp.fc_in", "mlp.fc_out")},
+        keys={
+            **EVERY_HEAD_ITS_OWN,
+            **{"hidden": "n_embd", "blocks": "n_layer", "heads": "n_head"},
+            **{"intermediate": "n_inner", "activation": "activation_function"},
+        },
+        defaults={"activation_function": "gelu_new", "intermediate": 4},
     ),
 }
 

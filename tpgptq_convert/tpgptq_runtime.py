@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 try:
     import triton
@@ -1106,9 +1107,9 @@ def swap_linears(
 ) -> None:
     """Put one rank's shards in the place of a Hugging Face model's linear layers, in place.
 
-    Each attention module is told how many query heads share a kv head on this rank. Unless
-    `kernels` says otherwise, on a GPU the kernels do the work; column-parallel layers of one module
-    that share a perm then run as one.
+    Each attention module is told how many heads this rank has. Unless `kernels` says otherwise, on
+    a GPU the kernels do the work; column-parallel layers of one module that share a perm then run
+    as one.
     """
     manifest = checkpoint.manifest
     quant = {"bits": manifest["bits"], "checkpoint_format": manifest["checkpoint_format"]}
@@ -1139,12 +1140,22 @@ def swap_linears(
         for alike in together.values():
             for linears in alike:
                 use_kernels(*linears)
-    heads = manifest["heads"]
-    query = heads["padded_query"] // checkpoint.tp
-    kv = max(1, heads["padded_kv"] // checkpoint.tp)
-    for module in model.modules():
-        if hasattr(module, "num_key_value_groups"):
-            module.num_key_value_groups = query // kv
+    for parent in together:
+        _tell_heads(model.get_submodule(parent), manifest["heads"], checkpoint.tp)
+
+
+def _tell_heads(module: nn.Module, heads: Mapping[str, int], tp: int) -> None:
+    """Tell an attention module how many heads a rank has, by whatever names it counts them."""
+    query, kv = heads["padded_query"], heads["padded_kv"]
+    own_query, own_kv = query // tp, max(1, kv // tp)
+    counts = {"num_key_value_groups": (query // kv, own_query // own_kv)}
+    counts |= dict.fromkeys(("num_heads", "num_attention_heads"), (query, own_query))
+    counts |= dict.fromkeys(("num_key_value_heads", "num_kv_heads"), (kv, own_kv))
+    if isinstance(size := getattr(module, "head_dim", None), int):
+        counts["embed_dim"] = (query * size, own_query * size)
+    for name, (whole, own) in counts.items():
+        if getattr(module, name, None) == whole:
+            setattr(module, name, own)
 
 
 def load_model(
@@ -1171,34 +1182,43 @@ def load_model(
         rank = dist.get_rank(group) if world > 1 else 0
     config = AutoConfig.from_pretrained(directory)
     del config.quantization_config
-    with torch.device("meta"):
+    with _EmptyOnMeta():
         model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
     swap_linears(model, checkpoint, rank, device, group)
-    _fill(model, checkpoint.shared(), config, dtype, device)
+    _fill(model, checkpoint.shared(), dtype, device)
     if (checkpoint.directory / "generation_config.json").is_file():
         generation = GenerationConfig.from_pretrained(directory)
         model.generation_config = generation
     return model.eval()
 
 
+class _EmptyOnMeta(TorchFunctionMode):
+    """What is made with torch.empty, parameters, takes no memory; computed buffers are real."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: Any = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        meta = {"device": "meta"} if func is torch.empty else {}
+        return func(*args, **{**(kwargs or {}), **meta})
+
+
 def _fill(
     model: nn.Module,
     tensors: Mapping[str, Tensor],
-    config: Any,
     dtype: torch.dtype,
     device: torch.device | str,
 ) -> None:
-    """Give a model built on the meta device its shared tensors and computed buffers."""
+    """Give a model without weights its shared tensors, and bring its buffers to the device."""
     state = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
-    missing = model.load_state_dict(state, strict=False, assign=True).missing_keys
+    missing = set(model.load_state_dict(state, strict=False, assign=True).missing_keys)
     model.tie_weights()  # type: ignore[operator]
-    lacking = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if lacking:
-        raise FormatError(f"{', '.join(lacking)}: missing from the shared files ({missing})")
-    for name, module in list(model.named_modules()):
-        if any(buffer.is_meta for buffer in module.buffers(recurse=False)):  # rotary embeddings
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, type(module)(config).to(device))
+    if lacking := [name for name, _ in model.named_parameters() if name in missing]:
+        raise FormatError(f"{', '.join(lacking)}: missing from the shared files")
+    model.to(device)
 
 
 def main() -> None:

@@ -73,6 +73,7 @@ FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "gelu_new": lambda x: functional.gelu(x, approximate="tanh"),
     "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
     "relu": functional.relu,
+    "relu2": lambda x: functional.relu(x).square(),
 }
 
 
@@ -690,8 +691,8 @@ class _Block:
         if axis is Axis.QUERY:
             inner += [self.outputs[writer.name, rank] for writer in self._writers(Axis.KV)]
             return _Limbs(self._attention(*inner))
-        gate, up = inner
-        return _Limbs(FUNCTIONS[self.geometry.activation](gate) * up)
+        inner[0] = FUNCTIONS[self.geometry.activation](inner[0])
+        return _Limbs(inner[0] if len(inner) == 1 else inner[0] * inner[1])
 
     def _of_source(self, layer: Layer, weights: _Weights, values: Tensor) -> Tensor:
         """The source's product (T, N): its rows group by group, each filled up to whole units."""
