@@ -224,3 +224,19 @@ def edit_tensors(path: Path, edit: Any) -> None:
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     edit(tensors)
     save_file(tensors, path)
+
+
+def refresh_checksums(out: Path) -> None:
+    """Bring the checksums in an output's manifest up to date."""
+    from tpgptq_convert.writer import checksum
+
+    path = out / "tpgptq.json"
+    manifest = json.loads(path.read_text())
+    files = manifest["files"]
+    for group in (files["shared"], files["other"], *files["ranks"]):
+        for name in list(group):
+            if (out / name).exists():
+                group[name] = checksum(out / name)
+            else:
+                del group[name]
+    path.write_text(json.dumps(manifest))

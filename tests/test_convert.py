@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import Result
-from factories import dequantise, edit_tensors, make_checkpoint
+from factories import dequantise, edit_tensors, make_checkpoint, refresh_checksums
 from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file
 
@@ -481,20 +481,6 @@ def test_verify_names_the_damaged_module(
     assert lines, result.stderr
     if with_index:
         assert any(line.startswith(f"Error: {names[0]}: rank 1: ") for line in lines), lines
-
-
-def refresh_checksums(out: Path) -> None:
-    from tpgptq_convert.writer import checksum
-
-    manifest = manifest_of(out)
-    files = manifest["files"]
-    for group in (files["shared"], files["other"], *files["ranks"]):
-        for name in list(group):
-            if (out / name).exists():
-                group[name] = checksum(out / name)
-            else:
-                del group[name]
-    (out / "tpgptq.json").write_text(json.dumps(manifest))
 
 
 def test_verify_notices_a_changed_shared_tensor(

@@ -5,7 +5,7 @@ Reads headers, g_idx and biases; never qweight or scales, and never torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -69,6 +69,11 @@ class Checkpoint:
         return {name: spec for name in self.shared if (spec := self.source.spec(name))}
 
     @property
+    def widths(self) -> Mapping[Axis, int]:
+        """Channels of each axis."""
+        return widths_of(self.geometry)
+
+    @property
     def name(self) -> str:
         """The directory's name: no path of the machine stands in an output."""
         return self.source.directory.resolve().name
@@ -82,6 +87,16 @@ class Checkpoint:
         """The layers of one kind, block after block."""
         at = self.family.linears.index(linear)
         return [block[at] for block in self.blocks]
+
+
+def widths_of(geometry: Geometry) -> dict[Axis, int]:
+    """Channels of each axis of a model."""
+    return {
+        Axis.HIDDEN: geometry.hidden,
+        Axis.QUERY: geometry.heads * geometry.head_dim,
+        Axis.KV: geometry.kv_heads * geometry.head_dim,
+        Axis.MLP: geometry.intermediate,
+    }
 
 
 def read_checkpoint(directory: Path) -> Checkpoint:
@@ -171,12 +186,7 @@ class _LayerReader:
     ) -> None:
         self.source, self.quant, self.family, self.biased = source, quant, family, biased
         self.geometry = geometry
-        self.widths = {
-            Axis.HIDDEN: geometry.hidden,
-            Axis.QUERY: geometry.heads * geometry.head_dim,
-            Axis.KV: geometry.kv_heads * geometry.head_dim,
-            Axis.MLP: geometry.intermediate,
-        }
+        self.widths = widths_of(geometry)
         self.known: set[str] = set()
         self.row_biases: list[str] = []
         self.zero_biases = 0
@@ -187,7 +197,7 @@ class _LayerReader:
         """One layer, or None where it has a fault."""
         name = f"{self.family.block(block)}.{linear.name}"
         faults = len(self.problems)
-        k, n = self.widths[linear.reads], self.widths[linear.writes]
+        k, n = self.widths[linear.reads], linear.width(self.widths)
         if self._spec(f"{name}.qweight") is None and self._spec(f"{name}.weight"):
             self.known.add(f"{name}.weight")
             self.problems.append(

@@ -201,11 +201,12 @@ def convert(
     tpgptq convert --tp 2 model/ out/
     """
     from tpgptq_convert.checkpoint import read_checkpoint
-    from tpgptq_convert.plan import make_plans
+    from tpgptq_convert.plan import check_layout, make_plans
     from tpgptq_convert.report import describe, remarks, render
 
     checkpoint = processes.agree(lambda: read_checkpoint(model))
     plans = processes.agree(lambda: make_plans(checkpoint, dict.fromkeys(degrees), int(row_group)))
+    processes.agree(lambda: check_layout(checkpoint, layout))
     as_json = as_json and processes.first
     quiet = quiet or as_json or not processes.first
     if dry_run:

@@ -30,7 +30,7 @@ from tpgptq_convert.manifest import (
     WEIGHTS_INDEX,
     weights_digest,
 )
-from tpgptq_convert.plan import ROW_GROUPS, Plan, Shard, check_zero_points, stacked
+from tpgptq_convert.plan import ROW_GROUPS, Plan, Shard, check_layout, check_zero_points, stacked
 from tpgptq_convert.processes import Processes
 from tpgptq_convert.progress import Advance, Progress, silent
 from tpgptq_convert.repack import Array, Packed, open_device, repack
@@ -101,6 +101,7 @@ def convert(
     OUT appears whole, and verified unless that was declined, or not at all. Several processes
     share the work out by files. Raises a TpgptqError.
     """
+    check_layout(checkpoint, options.layout)
     needed = sum(output_bytes(plan) for plan in plans)
 
     def start() -> tuple[bool, Path]:

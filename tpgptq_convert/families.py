@@ -16,6 +16,9 @@ from dataclasses import dataclass, field, replace
 from enum import Enum
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from tpgptq_convert.config import Geometry
 from tpgptq_convert.errors import CheckpointError, UnsupportedError
 
@@ -29,17 +32,43 @@ class Axis(Enum):
     MLP = "mlp"
 
 
+class Order(Enum):
+    """How the columns of a layer lie that is several layers in one."""
+
+    PARTS = "one part after another"
+    HEADS = "for each kv head its query heads, its key, its value"
+
+
 @dataclass(frozen=True)
 class Linear:
     """A quantised layer of a block: its name inside the block, what it reads, what it writes."""
 
     name: str
     reads: Axis
-    writes: Axis
+    writes: tuple[Axis, ...]  # more than one where layers are fused
+    order: Order = Order.PARTS
 
     @property
     def parallel(self) -> str:
         return "column" if self.reads is Axis.HIDDEN else "row"
+
+    @property
+    def fused(self) -> bool:
+        return len(self.writes) > 1
+
+    def width(self, widths: Mapping[Axis, int]) -> int:
+        """N, where the axes have so many channels."""
+        return sum(widths[axis] for axis in self.writes)
+
+    def places(self, widths: Mapping[Axis, int], head_dim: int) -> list[NDArray[np.int64]]:
+        """For each part, the column of each of its channels, where the axes have so many."""
+        columns = np.arange(self.width(widths))
+        if self.order is Order.PARTS:
+            ends = np.cumsum([widths[axis] for axis in self.writes])
+            return np.split(columns, ends[:-1])
+        kv_heads = widths[Axis.KV] // head_dim
+        heads = columns.reshape(kv_heads, -1, head_dim)
+        return [part.reshape(-1) for part in (heads[:, :-2], heads[:, -2], heads[:, -1])]
 
 
 # What an activation may be called: functions of each channel alone that map 0 to 0.
@@ -75,6 +104,10 @@ class Family:
     # Other keys than those of KEYS; NO_KEY where a config says nothing of it.
     keys: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)  # what a config means by silence
+    one_kv_head: bool = False
+    mlp_ratio: int = 0  # the MLP's channels for each of the hidden ones, where a config is silent
+    # A key, and the family it is where config.json denies it.
+    unless: tuple[str, Family] | None = None
 
     def block(self, index: int) -> str:
         return f"{self.prefix}.{index}"
@@ -117,9 +150,9 @@ class Family:
             hidden=hidden,
             blocks=size("blocks"),
             heads=heads,
-            kv_heads=size("kv_heads", heads),
+            kv_heads=1 if self.one_kv_head else size("kv_heads", heads),
             head_dim=size("head_dim", hidden // heads),
-            intermediate=size("intermediate", self.defaults.get("intermediate", 0) * hidden),
+            intermediate=size("intermediate", self.mlp_ratio * hidden),
             activation=str(self.said(config, keys["activation"]) or "silu"),
         )
         if not problems and heads % geometry.kv_heads:
@@ -146,12 +179,24 @@ def linears(attention: str, o: str, *mlp: str) -> tuple[Linear, ...]:
     """q_proj, k_proj, v_proj and the output of `attention`; what writes the MLP, what reads it."""
     q, k, v = (f"{attention}.{x}_proj" for x in "qkv")
     return (
-        Linear(q, Axis.HIDDEN, Axis.QUERY),
-        Linear(k, Axis.HIDDEN, Axis.KV),
-        Linear(v, Axis.HIDDEN, Axis.KV),
-        Linear(f"{attention}.{o}", Axis.QUERY, Axis.HIDDEN),
-        *(Linear(name, Axis.HIDDEN, Axis.MLP) for name in mlp[:-1]),
-        Linear(mlp[-1], Axis.MLP, Axis.HIDDEN),
+        Linear(q, Axis.HIDDEN, (Axis.QUERY,)),
+        Linear(k, Axis.HIDDEN, (Axis.KV,)),
+        Linear(v, Axis.HIDDEN, (Axis.KV,)),
+        Linear(f"{attention}.{o}", Axis.QUERY, (Axis.HIDDEN,)),
+        *(Linear(name, Axis.HIDDEN, (Axis.MLP,)) for name in mlp[:-1]),
+        Linear(mlp[-1], Axis.MLP, (Axis.HIDDEN,)),
+    )
+
+
+def fused(
+    qkv: str, o: str, *mlp: str, order: Order = Order.PARTS, gated: bool = False
+) -> tuple[Linear, ...]:
+    """The same with q, k and v in one layer, and gate and up where there is a gate."""
+    return (
+        Linear(qkv, Axis.HIDDEN, (Axis.QUERY, Axis.KV, Axis.KV), order),
+        Linear(o, Axis.QUERY, (Axis.HIDDEN,)),
+        Linear(mlp[0], Axis.HIDDEN, (Axis.MLP,) * (2 if gated else 1)),
+        Linear(mlp[1], Axis.MLP, (Axis.HIDDEN,)),
     )
 
 
@@ -200,6 +245,46 @@ STARCODER2 = replace(
     tensors=outside("model.embed_tokens", "model.norm", bias=True),
     biases={"use_bias": (Q, K, V, O, "mlp.c_fc", "mlp.c_proj")},
     defaults={"use_bias": True, "hidden_act": "gelu_pytorch_tanh", **TIED},
+)
+
+GLM = replace(
+    LLAMA,
+    linears=(
+        *LLAMA.linears[:4],
+        Linear("mlp.gate_up_proj", Axis.HIDDEN, (Axis.MLP, Axis.MLP)),
+        Linear(DOWN, Axis.MLP, (Axis.HIDDEN,)),
+    ),
+    biases={"attention_bias": (Q, K, V)},
+    defaults={"attention_bias": True},
+)
+GPT2 = Family(
+    prefix="transformer.h",
+    linears=fused("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"),
+    block_tensors=norms("ln_1", "ln_2", bias=True),
+    tensors={
+        **outside("transformer.wte", "transformer.ln_f", bias=True),
+        "transformer.wpe.weight": ("positions", "hidden"),
+    },
+    head="lm_head.weight",
+    optional=("attn.bias", "attn.masked_bias"),
+    biases={ALWAYS: ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")},
+    keys={
+        **EVERY_HEAD_ITS_OWN,
+        **{"hidden": "n_embd", "blocks": "n_layer", "heads": "n_head"},
+        **{"intermediate": "n_inner", "activation": "activation_function"},
+    },
+    defaults={"activation_function": "gelu_new", **TIED},
+    mlp_ratio=4,
+)
+GPT_BIGCODE_HEADS = replace(
+    GPT2,
+    linears=fused("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", order=Order.HEADS),
+    defaults={**GPT2.defaults, "activation_function": "gelu_pytorch_tanh"},
+)
+PERSIMMON = fused(
+    *("self_attn.query_key_value", "self_attn.dense"),
+    *("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+    order=Order.HEADS,
 )
 
 FAMILIES: Mapping[str, Family] = {
@@ -317,7 +402,56 @@ FAMILIES: Mapping[str, Family] = {
             **{"hidden": "n_embd", "blocks": "n_layer", "heads": "n_head"},
             **{"intermediate": "n_inner", "activation": "activation_function"},
         },
-        defaults={"activation_function": "gelu_new", "intermediate": 4},
+        defaults={"activation_function": "gelu_new"},
+        mlp_ratio=4,
+    ),
+    "phi3": replace(
+        MISTRAL,
+        linears=fused("self_attn.qkv_proj", O, "mlp.gate_up_proj", DOWN, gated=True),
+    ),
+    "glm": GLM,
+    "glm4": replace(
+        GLM,
+        block_tensors=norms(BEFORE, AFTER, "post_self_attn_layernorm", "post_mlp_layernorm"),
+    ),
+    "gpt2": GPT2,
+    "gpt_bigcode": replace(
+        GPT2,
+        defaults={**GPT2.defaults, "activation_function": "gelu_pytorch_tanh"},
+        one_kv_head=True,
+        unless=("multi_query", GPT_BIGCODE_HEADS),
+    ),
+    "gpt_neox": Family(
+        prefix="gpt_neox.layers",
+        linears=fused(
+            *("attention.query_key_value", "attention.dense"),
+            *("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+            order=Order.HEADS,
+        ),
+        block_tensors=norms(BEFORE, AFTER, bias=True),
+        tensors=outside(
+            "gpt_neox.embed_in", "gpt_neox.final_layer_norm", bias=True, head="embed_out.weight"
+        ),
+        head="embed_out.weight",
+        optional=("attention.bias", "attention.masked_bias", "attention.rotary_emb.inv_freq"),
+        biases={
+            "attention_bias": ("attention.query_key_value", "attention.dense"),
+            ALWAYS: ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+        },
+        keys=EVERY_HEAD_ITS_OWN,
+        defaults={"attention_bias": True, "hidden_act": "gelu"},
+    ),
+    "persimmon": replace(
+        LLAMA,
+        linears=PERSIMMON,
+        block_tensors={
+            **norms(BEFORE, AFTER, bias=True),
+            **norms("self_attn.q_layernorm", "self_attn.k_layernorm", bias=True, shape="head_dim"),
+        },
+        tensors=outside("model.embed_tokens", "model.final_layernorm", bias=True),
+        biases={ALWAYS: tuple(linear.name for linear in PERSIMMON)},
+        keys=EVERY_HEAD_ITS_OWN,
+        defaults={"hidden_act": "relu2"},
     ),
 }
 
@@ -330,4 +464,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
             f"config.json: model_type is {model_type!r}; must be one of {', '.join(FAMILIES)}",
             hint="other families are not supported yet",
         )
-    return FAMILIES[model_type]
+    family = FAMILIES[model_type]
+    if family.unless and config.get(family.unless[0]) is False:
+        return family.unless[1]
+    return family

@@ -21,7 +21,7 @@ import numpy as np
 
 from tpgptq_convert.checkpoint import Checkpoint, IntArray, Layer
 from tpgptq_convert.config import Geometry, word_of
-from tpgptq_convert.errors import CheckpointError, DegreeError
+from tpgptq_convert.errors import CheckpointError, DegreeError, UnsupportedError
 from tpgptq_convert.families import Axis, Linear
 from tpgptq_convert.source import TensorSpec
 
@@ -111,14 +111,22 @@ class Plan:
     @cached_property
     def sizes(self) -> Mapping[str, Size]:
         """The shard sizes of each kind of layer, by its name in the table."""
-        inputs = {linear: self._input_size(linear) for linear in self.checkpoint.family.linears}
-        widths = {linear.reads: rows for linear, (rows, _) in inputs.items()}
+        return {
+            linear.name: Size(rows, linear.width(self._widths), group_size)
+            for linear, (rows, group_size) in self._input_sizes.items()
+        }
+
+    @cached_property
+    def _input_sizes(self) -> Mapping[Linear, tuple[int, int]]:
+        return {linear: self._input_size(linear) for linear in self.checkpoint.family.linears}
+
+    @cached_property
+    def _widths(self) -> Mapping[Axis, int]:
+        """Channels of each axis that a rank has, padding included."""
+        widths = {linear.reads: rows for linear, (rows, _) in self._input_sizes.items()}
         for axis in (Axis.HIDDEN, Axis.QUERY, Axis.KV):
             widths[axis] = len(self._channels(axis, 0))
-        return {
-            linear.name: Size(rows, widths[linear.writes], group_size)
-            for linear, (rows, group_size) in inputs.items()
-        }
+        return widths
 
     @property
     def replicas(self) -> int:
@@ -129,9 +137,9 @@ class Plan:
         """The shards of every layer of a block, by the layer's name, rank after rank."""
         layers = self.checkpoint.blocks[index]
         inputs = {layer.linear: self._inputs(layer) for layer in layers}
-        cols = {axis: self._all_channels(axis) for axis in (Axis.HIDDEN, Axis.QUERY, Axis.KV)}
+        channels = {axis: self._all_channels(axis) for axis in (Axis.HIDDEN, Axis.QUERY, Axis.KV)}
         # The MLP's channels take the order of the rows of the layer that reads them.
-        cols |= {
+        channels |= {
             linear.reads: [rows for rows, _ in ranks]
             for linear, ranks in inputs.items()
             if linear.reads is Axis.MLP
@@ -140,12 +148,27 @@ class Plan:
         for layer in layers:
             group_size = self.sizes[layer.linear.name].group_size
             perms = self._perms(layer, inputs[layer.linear])
-            ranks = zip(inputs[layer.linear], cols[layer.linear.writes], perms, strict=True)
+            cols = [
+                self._columns(layer.linear, {axis: ranks[rank] for axis, ranks in channels.items()})
+                for rank in range(self.tp)
+            ]
+            ranks = zip(inputs[layer.linear], cols, perms, strict=True)
             shards[layer.name] = tuple(
                 Shard(rows, of_rank, groups, group_size, perm)
                 for (rows, groups), of_rank, perm in ranks
             )
         return shards
+
+    def _columns(self, linear: Linear, channels: Mapping[Axis, IntArray]) -> IntArray:
+        """The source columns (N_r,) of the channels that a rank has, in the order of its own."""
+        head_dim = self.checkpoint.geometry.head_dim
+        source = linear.places(self.checkpoint.widths, head_dim)
+        own = linear.places(self._widths, head_dim)
+        cols = np.empty(linear.width(self._widths), np.int32)
+        for axis, whole, places in zip(linear.writes, source, own, strict=True):
+            of_part = channels[axis]
+            cols[places] = np.where(of_part < 0, -1, whole[of_part])
+        return cols
 
     def tensors(self, layer: Layer) -> dict[str, TensorSpec]:
         """The tensors that one rank stores of a layer, by the last part of their names."""
@@ -165,7 +188,7 @@ class Plan:
     def merged_tensors(self, layer: Layer) -> dict[str, TensorSpec]:
         """The tensors of all ranks' shards as one; see `merged`."""
         column = layer.linear.parallel == "column"
-        times = self.tp // (self.replicas if layer.linear.writes is Axis.KV else 1)
+        times = self.tp // (self.replicas if layer.linear.writes == (Axis.KV,) else 1)
 
         def grown(part: str, spec: TensorSpec) -> TensorSpec:
             if not column:
@@ -230,7 +253,7 @@ class Plan:
     def merged(self, layer: Layer, shards: Sequence[Shard]) -> Shard:
         """All ranks' shards as one, in rank order; kv heads that ranks share stand in it once."""
         if layer.linear.parallel == "column":
-            once = shards[:: self.replicas] if layer.linear.writes is Axis.KV else shards
+            once = shards[:: self.replicas] if layer.linear.writes == (Axis.KV,) else shards
             cols = np.concatenate([shard.cols for shard in once])
             first = shards[0]
             return Shard(first.rows, cols, first.groups, first.group_size, first.perm)
@@ -367,6 +390,17 @@ def _round_up(value: int, multiple: int) -> int:
 def _row_count(needed: int, natural: int, unit: int) -> int:
     """K_r: the natural size where nothing is added, else a multiple that kernels want."""
     return natural if needed == natural else _round_up(needed, math.lcm(unit, ROW_MULTIPLE))
+
+
+def check_layout(checkpoint: Checkpoint, layout: str) -> None:
+    """Raise UnsupportedError where a checkpoint can't be written in this layout."""
+    fused = [linear.name for linear in checkpoint.family.linears if linear.fused]
+    if layout == "merged" and fused:
+        raise UnsupportedError(
+            f"--layout merged: {' and '.join(fused)} of {checkpoint.config['model_type']} are "
+            "several layers in one; must be one each, so that a server can slice them",
+            hint="use --layout ranks",
+        )
 
 
 def check_zero_points(checkpoint: Checkpoint, plans: Sequence[Plan]) -> bool:

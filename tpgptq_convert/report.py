@@ -74,7 +74,7 @@ def _same_g_idx(checkpoint: Checkpoint) -> list[dict[str, Any]]:
     """For layers that read the same input: in how many blocks they share one g_idx."""
     found = []
     for axes in ((Axis.QUERY, Axis.KV), (Axis.MLP,)):
-        linears = [linear for linear in checkpoint.family.linears if linear.writes in axes]
+        linears = [x for x in checkpoint.family.linears if {*x.writes} & {*axes}]
         blocks = sum(
             all(np.array_equal(layer.g_idx, layers[0].g_idx) for layer in layers)
             for layers in zip(*map(checkpoint.layers_of, linears), strict=True)

@@ -14,6 +14,7 @@ or, in a program of yours:
 from __future__ import annotations
 
 import argparse
+import copy
 import functools
 import json
 import os
@@ -1149,13 +1150,18 @@ def _tell_heads(module: nn.Module, heads: Mapping[str, int], tp: int) -> None:
     query, kv = heads["padded_query"], heads["padded_kv"]
     own_query, own_kv = query // tp, max(1, kv // tp)
     counts = {"num_key_value_groups": (query // kv, own_query // own_kv)}
-    counts |= dict.fromkeys(("num_heads", "num_attention_heads"), (query, own_query))
+    names = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+    counts |= dict.fromkeys(names, (query, own_query))
     counts |= dict.fromkeys(("num_key_value_heads", "num_kv_heads"), (kv, own_kv))
     if isinstance(size := getattr(module, "head_dim", None), int):
-        counts["embed_dim"] = (query * size, own_query * size)
-    for name, (whole, own) in counts.items():
-        if getattr(module, name, None) == whole:
-            setattr(module, name, own)
+        counts |= dict.fromkeys(("embed_dim", "split_size"), (query * size, own_query * size))
+        counts["kv_dim"] = (kv * size, own_kv * size)
+    if config := getattr(module, "config", None):  # of its own, from here on
+        module.config = copy.copy(config)
+    for target in (module, module.config if config else module):
+        for name, (whole, own) in counts.items():
+            if getattr(target, name, None) == whole:
+                setattr(target, name, own)
 
 
 def load_model(
@@ -1214,6 +1220,8 @@ def _fill(
 ) -> None:
     """Give a model without weights its shared tensors, and bring its buffers to the device."""
     state = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
+    if not hasattr(model, "embed_out") and "embed_out.weight" in state:  # renamed in transformers 5
+        state["lm_head.weight"] = state.pop("embed_out.weight")
     missing = set(model.load_state_dict(state, strict=False, assign=True).missing_keys)
     model.tie_weights()  # type: ignore[operator]
     if lacking := [name for name, _ in model.named_parameters() if name in missing]:

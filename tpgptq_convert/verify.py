@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -403,7 +403,7 @@ class _Stored:
         if not self.merged or (column and part == "perm"):
             return (), shape
         dim, pieces = len(shape) - 1 if column else 0, self.tp
-        if layer.linear.writes is Axis.KV:  # kv heads that ranks share stand in it once
+        if layer.linear.writes == (Axis.KV,):  # kv heads that ranks share stand in it once
             pieces = min(pieces, self._kv_heads)
         if not shape or shape[dim] % pieces:
             raise _DamagedError(
@@ -513,25 +513,34 @@ class _Block:
         )
 
     def _input_width(self, layer: Layer) -> int:
-        """Channels of a rank's input to a layer, from the manifest."""
-        if layer.linear.reads is Axis.HIDDEN:
-            return layer.in_features
-        producer = self._writers(layer.linear.reads)[0]
-        width: int = self.stored.manifest["modules"][producer.name]["out_features"]
-        return width
+        """Channels of a rank's input to a layer."""
+        return self._rank_widths[layer.linear.reads]
 
     def _output_width(self, layer: Layer) -> int:
-        """Channels of a rank's output of a layer: the manifest's own for the MLP's alone."""
-        geometry, tp, axis = self.geometry, self.stored.tp, layer.linear.writes
-        if axis is Axis.MLP:
-            reader = next(other for other in self.layers if other.linear.reads is axis)
-            width: int = self.stored.manifest["modules"][reader.name]["in_features"]
-            return width
-        heads = {Axis.QUERY: geometry.heads // tp, Axis.KV: max(1, geometry.kv_heads // tp)}
-        return heads[axis] * geometry.head_dim if axis in heads else geometry.hidden
+        """Channels of a rank's output of a layer."""
+        return layer.linear.width(self._rank_widths)
 
-    def _writers(self, axis: Axis) -> list[Layer]:
-        return [layer for layer in self.layers if layer.linear.writes is axis]
+    @cached_property
+    def _rank_widths(self) -> dict[Axis, int]:
+        """Channels of each axis that a rank has: for the MLP's alone what the manifest says."""
+        geometry, tp = self.geometry, self.stored.tp
+        reader = next(layer for layer in self.layers if layer.linear.reads is Axis.MLP)
+        return {
+            Axis.HIDDEN: geometry.hidden,
+            Axis.QUERY: geometry.heads // tp * geometry.head_dim,
+            Axis.KV: max(1, geometry.kv_heads // tp) * geometry.head_dim,
+            Axis.MLP: self.stored.manifest["modules"][reader.name]["in_features"],
+        }
+
+    def _parts(self, axis: Axis, rank: int | None) -> Iterator[tuple[Layer, IntArray, IntArray]]:
+        """The layers that write an axis; the columns of its channels in the source, on a rank."""
+        widths = self.checkpoint.widths if rank is None else self._rank_widths
+        for layer in self.layers:
+            source = layer.linear.places(self.checkpoint.widths, self.geometry.head_dim)
+            own = layer.linear.places(widths, self.geometry.head_dim)
+            for written, whole, part in zip(layer.linear.writes, source, own, strict=True):
+                if written is axis:
+                    yield layer, whole.astype(np.int32), part.astype(np.int32)
 
     def _origin(self, layer: Layer, what: str, rank: int, size: int, limit: int) -> IntArray:
         if not self.stored.has_index:
@@ -646,16 +655,24 @@ class _Block:
         """The source channels of a rank's input, according to every layer that produces it."""
         if layer.linear.reads is Axis.HIDDEN:
             return [np.arange(layer.in_features, dtype=np.int32)]
-        return [
-            self.vectors[writer.name][rank].cols for writer in self._writers(layer.linear.reads)
-        ]
+        feeds = []
+        for writer, source, own in self._parts(layer.linear.reads, rank):
+            channel = np.full(writer.out_features + 1, -2, np.int32)  # of another part: none
+            channel[source], channel[-1] = np.arange(len(source)), -1
+            feeds.append(channel[self.vectors[writer.name][rank].cols[own]])
+        return feeds
 
     def _counts(self, layer: Layer) -> Iterator[str]:
         """Every source row and column is kept once."""
         shards = self.vectors[layer.name]
-        copies = 1
-        if layer.linear.writes is Axis.KV:
-            copies = max(1, self.stored.tp // self.geometry.kv_heads)
+        copies = np.ones(layer.out_features, np.int32)
+        for written, place in zip(
+            layer.linear.writes,
+            layer.linear.places(self.checkpoint.widths, self.geometry.head_dim),
+            strict=True,
+        ):
+            if written is Axis.KV:
+                copies[place] = max(1, self.stored.tp // self.geometry.kv_heads)
         rows = np.stack([_count(shard.rows, layer.in_features) for shard in shards])
         cols = np.stack([_count(shard.cols, layer.out_features) for shard in shards])
         if layer.linear.parallel == "column":
@@ -687,12 +704,18 @@ class _Block:
         axis = layer.linear.reads
         if axis is Axis.HIDDEN:
             return self.x
-        inner = [self.outputs[writer.name, rank] for writer in self._writers(axis)]
+        inner = self._written(axis, rank)
         if axis is Axis.QUERY:
-            inner += [self.outputs[writer.name, rank] for writer in self._writers(Axis.KV)]
-            return _Limbs(self._attention(*inner))
+            return _Limbs(self._attention(*inner, *self._written(Axis.KV, rank)))
         inner[0] = FUNCTIONS[self.geometry.activation](inner[0])
         return _Limbs(inner[0] if len(inner) == 1 else inner[0] * inner[1])
+
+    def _written(self, axis: Axis, rank: int | None) -> list[Tensor]:
+        """What one rank, or the source (rank None), wrote to an axis."""
+        return [
+            self.outputs[layer.name, rank][:, self._to(own.astype(np.int64), "I64")]
+            for layer, _, own in self._parts(axis, rank)
+        ]
 
     def _of_source(self, layer: Layer, weights: _Weights, values: Tensor) -> Tensor:
         """The source's product (T, N): its rows group by group, each filled up to whole units."""
