@@ -11,38 +11,39 @@ import numpy as np
 import torch
 from safetensors.torch import save_file
 
-BITS, PACK = 4, 8
+BITS = 4
 ATTENTION, MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
 NAMES = {x: f"self_attn.{x}_proj" for x in ATTENTION} | {x: f"mlp.{x}_proj" for x in MLP}
 
 
-def slow_pack_rows(values: np.ndarray) -> np.ndarray:
-    """(K, N) integers of 4 bits -> (K/8, N) int32, one value at a time."""
+def slow_pack_rows(values: np.ndarray, bits: int = BITS) -> np.ndarray:
+    """(K, N) integers -> (K/pf, N) int32, one value at a time."""
     k, n = values.shape
-    words = [[0] * n for _ in range(k // PACK)]
+    pack = 32 // bits
+    words = [[0] * n for _ in range(k // pack)]
     for row in range(k):
         for col in range(n):
-            words[row // PACK][col] |= int(values[row, col]) << BITS * (row % PACK)
-    return np.array(words, np.uint32).reshape(k // PACK, n).view(np.int32)
+            words[row // pack][col] |= int(values[row, col]) << bits * (row % pack)
+    return np.array(words, np.uint32).reshape(k // pack, n).view(np.int32)
 
 
-def slow_unpack_rows(words: np.ndarray) -> np.ndarray:
-    """(K/8, N) int32 -> (K, N), one value at a time."""
+def slow_unpack_rows(words: np.ndarray, bits: int = BITS) -> np.ndarray:
+    """(K/pf, N) int32 -> (K, N), one value at a time."""
     return np.array(
         [
-            [(int(w) & 0xFFFFFFFF) >> BITS * j & 15 for w in row]
+            [(int(w) & 0xFFFFFFFF) >> bits * j & (1 << bits) - 1 for w in row]
             for row in words
-            for j in range(PACK)
+            for j in range(32 // bits)
         ]
     )
 
 
 def dequantise(
-    tensors: Mapping[str, torch.Tensor], g_idx: np.ndarray, v2: bool = False
+    tensors: Mapping[str, torch.Tensor], g_idx: np.ndarray, v2: bool = False, bits: int = BITS
 ) -> torch.Tensor:
     """The float64 weight (K, N) of stored tensors, by the formula of the format alone."""
-    values = slow_unpack_rows(tensors["qweight"].numpy())
-    zeros = slow_unpack_rows(tensors["qzeros"].numpy().T).T + (0 if v2 else 1)
+    values = slow_unpack_rows(tensors["qweight"].numpy(), bits)
+    zeros = slow_unpack_rows(tensors["qzeros"].numpy().T, bits).T + (0 if v2 else 1)
     scales = tensors["scales"].double().numpy()
     return torch.from_numpy(scales[g_idx] * (values - zeros[g_idx]))
 
@@ -61,15 +62,17 @@ def make_layer(
     sym: bool = True,
     v2: bool = False,
     dtype: torch.dtype = torch.float16,
+    bits: int = BITS,
 ) -> dict[str, torch.Tensor]:
     """Random tensors of one quantised layer; g_idx (K,) is stored as it is."""
     groups = int(g_idx.max()) + 1
-    zeros = np.full((groups, n), 8) if sym else rng.integers(1, 16, (groups, n))
-    words = rng.integers(0, 1 << 32, (k // PACK, n), dtype=np.uint32).view(np.int32)
-    scales = rng.uniform(0.5, 1.5, (groups, n)) / np.sqrt(k) / 4
+    middle = 1 << bits - 1
+    zeros = np.full((groups, n), middle) if sym else rng.integers(1, 2 * middle, (groups, n))
+    words = rng.integers(0, 1 << 32, (k * bits // 32, n), dtype=np.uint32).view(np.int32)
+    scales = rng.uniform(0.5, 1.5, (groups, n)) / np.sqrt(k) * 2 / middle
     return {
         "qweight": torch.from_numpy(words),
-        "qzeros": torch.from_numpy(slow_pack_rows((zeros - (0 if v2 else 1)).T).T.copy()),
+        "qzeros": torch.from_numpy(slow_pack_rows((zeros - (0 if v2 else 1)).T, bits).T.copy()),
         "scales": torch.from_numpy(scales).to(dtype),
         "g_idx": torch.from_numpy(g_idx.copy()),
     }
@@ -87,6 +90,7 @@ def make_checkpoint(
     blocks: int = 2,
     vocab: int = 32,
     group_size: int = 32,
+    bits: int = BITS,
     sym: bool = True,
     checkpoint_format: str | None = None,
     g_idx: str = "shared",  # shared, different, trivial, zero, missing
@@ -136,9 +140,8 @@ def make_checkpoint(
             order = orders[kin]
             if g_idx in ("trivial", "zero", "missing"):
                 order = (np.arange(k) // size).astype(np.int32)
-            layer = make_layer(
-                rng, k, n, order, sym=sym, v2=checkpoint_format == "gptq_v2", dtype=dtype
-            )
+            v2 = checkpoint_format == "gptq_v2"
+            layer = make_layer(rng, k, n, order, sym=sym, v2=v2, dtype=dtype, bits=bits)
             if g_idx == "zero":
                 layer["g_idx"].zero_()
             if g_idx == "missing":
@@ -161,7 +164,7 @@ def make_checkpoint(
     _write_files(directory, tensors, files, basename)
     quantization = {
         "quant_method": "gptq",
-        "bits": BITS,
+        "bits": bits,
         "group_size": group_size,
         "desc_act": g_idx in ("shared", "different"),
         "sym": sym,

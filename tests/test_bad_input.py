@@ -80,7 +80,7 @@ def test_no_quantisation_config(tpgptq: Run, tmp_path: Path) -> None:
         ({"is_marlin_format": True}, "checkpoint_format is 'marlin'"),
         ({"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'; must be gptq or gptq_v2"),
         ({"checkpoint_format": "gemm"}, "checkpoint_format is 'gemm'"),
-        ({"bits": 3}, "bits is 3; must be 4"),
+        ({"bits": 3}, "bits is 3; must be one of (2, 4, 8)"),
         ({"bits": "4"}, "bits is '4'; must be of type int"),
         ({"bits": None}, "lack 'bits'"),
         ({"group_size": 0}, "group_size is 0; must be -1 or a multiple of 8"),
@@ -260,8 +260,8 @@ def test_all_problems_are_listed_together(tpgptq: Run, tmp_path: Path) -> None:
 def test_a_wrong_config_and_an_unknown_family_are_listed_together(
     tpgptq: Run, tmp_path: Path
 ) -> None:
-    model = make_checkpoint(tmp_path / "m", config={"model_type": "gpt2"}, quant={"bits": 8})
-    refuse(tpgptq, model, tmp_path, "model_type is 'gpt2'", "bits is 8")
+    model = make_checkpoint(tmp_path / "m", config={"model_type": "rwkv"}, quant={"bits": 5})
+    refuse(tpgptq, model, tmp_path, "model_type is 'rwkv'", "bits is 5")
 
 
 def test_hundreds_of_problems_are_cut_short(tpgptq: Run, tmp_path: Path) -> None:

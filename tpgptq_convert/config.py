@@ -22,6 +22,7 @@ SYNONYMS = {
 }
 TYPES = {"bits": int, "group_size": int, "sym": bool, "desc_act": bool, "static_groups": bool}
 FORMATS = ("gptq", "gptq_v2")
+BITS = (2, 4, 8)  # those that fill a word
 
 
 def zero_offset(checkpoint_format: str) -> int:
@@ -127,7 +128,7 @@ def _normalised(file: str, raw: dict[str, Any]) -> dict[str, Any]:
 def _refuse_other_methods(
     directory: Path, found: dict[str, dict[str, Any]], stated: dict[str, dict[str, Any]]
 ) -> None:
-    """Refuse what is not int32-packed GPTQ of 4 bits throughout, by name."""
+    """Refuse what is not int32-packed GPTQ of the same bits throughout, by name."""
     problems = []
     for file, values in stated.items():
         raw = found[file]
@@ -147,8 +148,8 @@ def _refuse_other_methods(
             problems.append(
                 f"{where}: checkpoint_format is {layout!r}; must be {' or '.join(FORMATS)}"
             )
-        if values.get("bits", 4) != 4:
-            problems.append(f"{where}: bits is {values['bits']}; must be 4")
+        if values.get("bits", 4) not in BITS:
+            problems.append(f"{where}: bits is {values['bits']}; must be one of {BITS}")
         size = values.get("group_size", 128)
         if size != -1 and (size <= 0 or size % 8):
             problems.append(f"{where}: group_size is {size}; must be -1 or a multiple of 8")
@@ -160,7 +161,7 @@ def _refuse_other_methods(
             problems.append(f"{where}: pack_dtype is {raw['pack_dtype']!r}; must be int32")
     if problems:
         raise UnsupportedError(
-            *problems, hint="a GPTQ checkpoint of the same model is needed: 4 bits, int32-packed"
+            *problems, hint="a GPTQ checkpoint of the same model is needed, its words int32"
         )
 
 
