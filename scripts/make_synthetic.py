@@ -127,13 +127,14 @@ class Maker:
         self, linear: Linear, orders: dict[tuple[Axis, bool], Tensor]
     ) -> Iterator[tuple[str, TensorSpec, Make]]:
         """The tensors of a quantised layer, by the last part of their names."""
-        k, n = self.shape.width(linear.reads), self.shape.width(linear.writes)
+        widths = {axis: self.shape.width(axis) for axis in Axis}
+        k, n = widths[linear.reads], linear.width(widths)
         size = k if self.group_size == -1 else min(self.group_size, k)
         groups = -(-k // size)
         scale = k**-0.5 / (STEP_ASYM if self.asym else STEP)
 
         def g_idx() -> Tensor:
-            key = linear.reads, linear.writes is Axis.MLP
+            key = linear.reads, Axis.MLP in linear.writes
             if key not in orders:
                 orders[key] = self._order(k, linear.reads)
             out = torch.empty(k, dtype=torch.int32, device=self.device)

@@ -7,6 +7,7 @@ transformers model; the model's float32 logits are what the ranks' must be.
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,25 @@ SHORT = {
 }
 NAMES = {"gptj": SHORT, "gpt2": SHORT, "gpt_bigcode": SHORT}
 TOKENS = [[5, 60, 30, 41, 7, 93, 12, 11, 70, 22, 8, 3]]
+
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def table() -> str:
+    """What the README says of the families: each cell is a case of the tests below."""
+    head = "model_type | fused layers | convert | verify | logits, tp 2 | logits, tp 4 | packed by"
+    rows = [
+        f"`{name}` | {' '.join(f'`{x.name}`' for x in family.linears if x.fused)} "
+        "| yes | yes | equal | equal | our packer"
+        for name, family in FAMILIES.items()
+    ]
+    lines = [head, "|".join([" --- "] * 7), *rows]
+    return "".join(f"| {line.strip()} |\n" for line in lines)
+
+
+def test_the_readme_lists_every_family() -> None:
+    assert table() in README.read_text()
 
 
 def build(directory: Path, model_type: str, more: Mapping[str, Any]) -> nn.Module:
@@ -174,3 +194,7 @@ def test_fused_layers_are_not_merged(tpgptq: Run, tmp_path: Path) -> None:
         assert result.exit_code == 1
         assert "--layout merged: self_attn.qkv_proj and mlp.gate_up_proj of phi3" in result.stderr
         assert not (tmp_path / "out").exists()
+
+
+if __name__ == "__main__":
+    sys.stdout.write(table())

@@ -68,6 +68,7 @@ METHOD = "tpgptq"
 CHECKSUMS = "TPGPTQ_CHECKSUMS"  # set to 1: files are compared with the manifest's checksums
 KERNEL_GROUPS = (128, 64, 32)  # what vLLM's kernels take, but for one group per column
 BITS, PACK = 4, 8  # PACK values in an int32
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 def register() -> None:
@@ -109,6 +110,12 @@ class Output:
             "weights_sha256": weights_digest(self.manifest),
             **{key: self.manifest[key] for key in keys},
         }
+        if self.manifest["model_type"] not in MODEL_TYPES:
+            raise UnsupportedError(
+                f"{model}: model_type is {self.manifest['model_type']!r}; must be one of "
+                f"{', '.join(MODEL_TYPES)}, which the plugin is tested with",
+                hint="run it with tpgptq_runtime.py, which lies in the output",
+            )
         if self.manifest["bits"] != BITS:
             raise UnsupportedError(
                 f"{model}: has weights of {self.manifest['bits']} bits; must be of {BITS}",
