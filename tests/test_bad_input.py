@@ -118,7 +118,7 @@ def test_pickles(tpgptq: Run, tmp_path: Path, name: str) -> None:
     two_lines(refuse(tpgptq, model, tmp_path, f"{name}: a pickle", "safetensors"))
 
 
-@pytest.mark.parametrize("model_type", ["rwkv", "falcon", None, 7])
+@pytest.mark.parametrize("model_type", ["rwkv", "bloom", None, 7])
 def test_another_family(tpgptq: Run, tmp_path: Path, model_type: Any) -> None:
     model = make_checkpoint(tmp_path / "m", config={"model_type": model_type})
     two_lines(

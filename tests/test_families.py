@@ -42,9 +42,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "opt": {"ffn_dim": 160, "word_embed_proj_dim": 64},
     "gptj": {"rotary_dim": 8},
     "persimmon": {"head_dim": 8},
+    "falcon": {"new_decoder_architecture": True, "num_kv_heads": 4},
 }
 # Other forms that a family has.
-FORMS = {"gpt_bigcode, kv heads of its own": ("gpt_bigcode", {"multi_query": False})}
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt_bigcode, kv heads of its own": ("gpt_bigcode", {"multi_query": False}),
+    "falcon, one kv head": ("falcon", {"ffn_hidden_size": 160}),
+    "falcon, kv heads of its own": ("falcon", {"multi_query": False, "bias": True}),
+}
 CASES = {name: (name, CONFIGS.get(name, {})) for name in FAMILIES} | FORMS
 # How SIZES are called where they have names of their own.
 SHORT = {
@@ -82,6 +87,8 @@ def build(directory: Path, model_type: str, more: Mapping[str, Any]) -> nn.Modul
     rng = np.random.default_rng(0)
     names = NAMES.get(model_type, {})
     sizes = {names.get(name, name): size for name, size in SIZES.items()}
+    if model_type == "falcon":
+        del sizes["head_dim"]  # can't be said
     config = AutoConfig.for_model(model_type, **sizes | more)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
     for parameter in model.parameters():  # biases and norms are all alike otherwise

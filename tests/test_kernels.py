@@ -109,6 +109,7 @@ CASES = {
     "v2": {"k": 256, "n": 64, "group_size": 64, "checkpoint_format": "gptq_v2", "sym": False},
     "8 bits": {"k": 256, "n": 128, "group_size": 128, "bits": 8},
     "8 bits, asym": {"k": 256, "n": 64, "group_size": 32, "bits": 8, "sym": False},
+    "2 bits": {"k": 512, "n": 64, "group_size": 64, "bits": 2, "sym": False},
     "8 bits, padding": {"k": 512, "n": 64, "group_size": 32, "bits": 8, "dead": True},
 }
 

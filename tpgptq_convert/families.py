@@ -108,6 +108,7 @@ class Family:
     mlp_ratio: int = 0  # the MLP's channels for each of the hidden ones, where a config is silent
     # A key, and the family it is where config.json denies it.
     unless: tuple[str, Family] | None = None
+    never: tuple[str, ...] = ()  # keys that must not be true
 
     def block(self, index: int) -> str:
         return f"{self.prefix}.{index}"
@@ -160,6 +161,11 @@ class Family:
                 f"config.json: {keys['heads']} is {heads}; must be a multiple of "
                 f"{keys['kv_heads']}, {geometry.kv_heads}"
             )
+        problems += [
+            f"config.json: {key} is true; must be false, the only form that is supported yet"
+            for key in self.never
+            if self.said(config, key) is True
+        ]
         if geometry.activation not in ACTIVATIONS:
             problems.append(
                 f"config.json: {keys['activation']} is {geometry.activation!r}; "
@@ -285,6 +291,31 @@ PERSIMMON = fused(
     *("self_attn.query_key_value", "self_attn.dense"),
     *("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
     order=Order.HEADS,
+)
+
+FALCON_QKV, FALCON_O = "self_attention.query_key_value", "self_attention.dense"
+FALCON_MLP = ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+FALCON_DEFAULTS = {"new_decoder_architecture": False, "multi_query": True, "parallel_attn": True}
+FALCON_HEADS = Family(  # falcon-rw
+    prefix="transformer.h",
+    linears=fused(FALCON_QKV, FALCON_O, *FALCON_MLP, order=Order.HEADS),
+    block_tensors=norms(BEFORE, bias=True),
+    tensors=outside("transformer.word_embeddings", "transformer.ln_f", bias=True),
+    head="lm_head.weight",
+    biases={"bias": (FALCON_QKV, FALCON_O, *FALCON_MLP)},
+    keys={
+        **EVERY_HEAD_ITS_OWN,
+        **{"intermediate": "ffn_hidden_size", "activation": "activation"},
+    },
+    defaults={**FALCON_DEFAULTS, "activation": "gelu", **TIED},
+    mlp_ratio=4,
+    never=("alibi",),  # its slopes would have to be cut as well
+)
+FALCON_ONE_KV_HEAD = replace(  # falcon-7b
+    FALCON_HEADS,
+    linears=fused(FALCON_QKV, FALCON_O, *FALCON_MLP),
+    one_kv_head=True,
+    unless=("multi_query", FALCON_HEADS),
 )
 
 FAMILIES: Mapping[str, Family] = {
@@ -441,6 +472,12 @@ FAMILIES: Mapping[str, Family] = {
         keys=EVERY_HEAD_ITS_OWN,
         defaults={"attention_bias": True, "hidden_act": "gelu"},
     ),
+    "falcon": replace(  # falcon-40b and 180b
+        FALCON_HEADS,
+        block_tensors=norms("ln_attn", "ln_mlp", bias=True),
+        keys={**FALCON_HEADS.keys, "kv_heads": "num_kv_heads"},
+        unless=("new_decoder_architecture", FALCON_ONE_KV_HEAD),
+    ),
     "persimmon": replace(
         LLAMA,
         linears=PERSIMMON,
@@ -465,6 +502,6 @@ def family_of(config: Mapping[str, Any]) -> Family:
             hint="other families are not supported yet",
         )
     family = FAMILIES[model_type]
-    if family.unless and config.get(family.unless[0]) is False:
-        return family.unless[1]
+    while family.unless and family.said(config, family.unless[0]) is False:
+        family = family.unless[1]
     return family
