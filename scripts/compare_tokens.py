@@ -47,7 +47,7 @@ def source_model(directory: Path) -> nn.Module:
     checkpoint = read_checkpoint(directory)
     config = AutoConfig.from_pretrained(directory)
     del config.quantization_config
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(config).float().eval()
     tensor, quant = checkpoint.source.tensor, checkpoint.quant
     state = {name: tensor(name).float() for name in checkpoint.shared}
     for layer in checkpoint.layers:

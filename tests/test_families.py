@@ -90,7 +90,7 @@ def build(directory: Path, model_type: str, more: Mapping[str, Any]) -> nn.Modul
     if model_type == "falcon":
         del sizes["head_dim"]  # can't be said
     config = AutoConfig.for_model(model_type, **sizes | more)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_config(config).float().eval()
     for parameter in model.parameters():  # biases and norms are all alike otherwise
         parameter.data += torch.randn_like(parameter) * 0.1
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}

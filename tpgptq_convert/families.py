@@ -153,7 +153,7 @@ class Family:
             heads=heads,
             kv_heads=1 if self.one_kv_head else size("kv_heads", heads),
             head_dim=size("head_dim", hidden // heads),
-            intermediate=size("intermediate", self.mlp_ratio * hidden),
+            intermediate=size("intermediate", self.mlp_ratio * hidden or None),
             activation=str(self.said(config, keys["activation"]) or "silu"),
         )
         if not problems and heads % geometry.kv_heads:

@@ -1188,8 +1188,9 @@ def load_model(
         rank = dist.get_rank(group) if world > 1 else 0
     config = AutoConfig.from_pretrained(directory)
     del config.quantization_config
+    setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", dtype)  # by version
     with _EmptyOnMeta():
-        model: nn.Module = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: nn.Module = AutoModelForCausalLM.from_config(config)
     swap_linears(model, checkpoint, rank, device, group)
     _fill(model, checkpoint.shared(), dtype, device)
     if (checkpoint.directory / "generation_config.json").is_file():
