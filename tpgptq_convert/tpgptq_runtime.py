@@ -663,7 +663,7 @@ def arrange(
     surplus = -len(values) % (slices * stored)
     values = nn.functional.pad(values, (0, 0, 0, surplus), value=middle)
     if perm is not None:
-        perm = nn.functional.pad(perm, (0, surplus), value=-1).int()
+        perm = nn.functional.pad(perm, (0, surplus), value=-1).int().clone()  # aligned
     more = -(-len(values) // size) - groups
     scales, zeros = (nn.functional.pad(table, (0, 0, 0, more)) for table in (scales, zeros))
     parts = values.to(torch.int16).view(-1, slices, stored, values.shape[1] // 64, 64)
