@@ -33,6 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tpgptq_convert import tpgptq_runtime as runtime
+from tpgptq_convert.packing import pack_rows, unpack_rows
 
 HIDDEN, INTERMEDIATE, QKV, GROUP = 8192, 28672, 8192 + 2 * 1024, 128
 ROTATED = 220e6  # bytes of weights, so that none is found in the cache
@@ -116,10 +117,9 @@ def bucketed_shard(k: int, n: int, tp: int, row_group: int = 32) -> dict[str, Te
     of = torch.repeat_interleave(torch.arange(len(mine), device="cuda"), buckets * row_group)
     dead = at - start[of] >= mine[of]
     tensors = integers(rows, n, rows // row_group)
-    words = tensors["qweight"].view(rows // 8, 1, n)
-    shift = torch.arange(0, 32, 4, device="cuda", dtype=torch.int32).view(1, 8, 1)
-    values = ((words >> shift) & 15).masked_fill_(dead.view(-1, 8, 1), 8)
-    tensors["qweight"] = (values << shift).sum(1).int()
+    values = unpack_rows(tensors["qweight"], 4)
+    values[dead] = 8
+    tensors["qweight"] = pack_rows(values, 4)
     tensors["perm"] = torch.randint(0, k, (rows,), device="cuda", dtype=torch.int32)
     return tensors
 

@@ -244,6 +244,12 @@ GEMMA = replace(
     defaults={"hidden_activation": "gelu_pytorch_tanh", "head_dim": 256, **TIED},
 )
 FEEDFORWARD = ("pre_feedforward_layernorm", "post_feedforward_layernorm")
+COHERE = replace(
+    LLAMA,
+    block_tensors=norms(BEFORE),
+    biases={"attention_bias": (Q, K, V, O)},
+    defaults=TIED,
+)
 STARCODER2 = replace(
     LLAMA,
     linears=linears("self_attn", "o_proj", "mlp.c_fc", "mlp.c_proj"),
@@ -359,18 +365,8 @@ FAMILIES: Mapping[str, Family] = {
         tensors={name: LLAMA.tensors[name] for name in LLAMA.tensors if "norm" not in name},
         biases={"attention_bias": (Q, K, V, O)},
     ),
-    "cohere": replace(
-        LLAMA,
-        block_tensors=norms(BEFORE),
-        biases={"attention_bias": (Q, K, V, O)},
-        defaults=TIED,
-    ),
-    "cohere2": replace(
-        LLAMA,
-        block_tensors=norms(BEFORE),
-        biases={"attention_bias": (Q, K, V, O)},
-        defaults=TIED,
-    ),
+    "cohere": COHERE,
+    "cohere2": COHERE,
     "stablelm": replace(
         LLAMA,
         block_tensors=norms(BEFORE, AFTER, bias=True),

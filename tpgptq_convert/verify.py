@@ -63,6 +63,7 @@ QUANTISATION_KEYS = {  # of config.json
     *("quant_method", "format_version", "bits", "group_size", "sym", "desc_act"),
     *("checkpoint_format", "tp", "layout", "weights_sha256"),
 }
+Places = NDArray[np.int64]  # columns of a layer
 LIMBS, LIMB_BITS = 4, 10  # 40 bits of an input; tf32 would hold ten
 MANTISSA = 24  # bits of an integer that float32 holds
 THREADS = 3  # each holds a layer, several times as large when unpacked
@@ -532,7 +533,7 @@ class _Block:
             Axis.MLP: self.stored.manifest["modules"][reader.name]["in_features"],
         }
 
-    def _parts(self, axis: Axis, rank: int | None) -> Iterator[tuple[Layer, IntArray, IntArray]]:
+    def _parts(self, axis: Axis, rank: int | None) -> Iterator[tuple[Layer, Places, Places]]:
         """The layers that write an axis; the columns of its channels in the source, on a rank."""
         widths = self.checkpoint.widths if rank is None else self._rank_widths
         for layer in self.layers:
@@ -540,7 +541,7 @@ class _Block:
             own = layer.linear.places(widths, self.geometry.head_dim)
             for written, whole, part in zip(layer.linear.writes, source, own, strict=True):
                 if written is axis:
-                    yield layer, whole.astype(np.int32), part.astype(np.int32)
+                    yield layer, whole, part
 
     def _origin(self, layer: Layer, what: str, rank: int, size: int, limit: int) -> IntArray:
         if not self.stored.has_index:
@@ -713,7 +714,7 @@ class _Block:
     def _written(self, axis: Axis, rank: int | None) -> list[Tensor]:
         """What one rank, or the source (rank None), wrote to an axis."""
         return [
-            self.outputs[layer.name, rank][:, self._to(own.astype(np.int64), "I64")]
+            self.outputs[layer.name, rank][:, self._to(own, "I64")]
             for layer, _, own in self._parts(axis, rank)
         ]
 
