@@ -20,7 +20,7 @@ import argparse
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from torch import Tensor
 from tpgptq_convert.families import FAMILIES, Axis, Linear
 from tpgptq_convert.manifest import WEIGHTS_INDEX
 from tpgptq_convert.source import TensorSpec
-from tpgptq_convert.writer import Parts, write_json
+from tpgptq_convert.writer import Parts, Writing, write_json
 
 BITS = 4
 PACK = 32 // BITS
@@ -49,6 +49,8 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
+
+AXES = (Axis.HIDDEN, Axis.QUERY, Axis.KV, Axis.MLP)
 
 Make = Callable[[], Tensor]
 
@@ -127,8 +129,8 @@ class Maker:
         self, linear: Linear, orders: dict[tuple[Axis, bool], Tensor]
     ) -> Iterator[tuple[str, TensorSpec, Make]]:
         """The tensors of a quantised layer, by the last part of their names."""
-        widths = {axis: self.shape.width(axis) for axis in Axis}
-        k, n = widths[linear.reads], linear.width(widths)
+        widths = {axis.name: self.shape.width(axis) for axis in AXES}
+        k, n = widths[linear.reads.name], linear.width(widths)
         size = k if self.group_size == -1 else min(self.group_size, k)
         groups = -(-k // size)
         scale = k**-0.5 / (STEP_ASYM if self.asym else STEP)
@@ -190,7 +192,7 @@ def write_weights(directory: Path, maker: Maker, max_bytes: int) -> int:
     specs = {name: spec for name, spec, _ in maker.tensors()}
     with ThreadPoolExecutor() as pool:
         parts = Parts(directory, part_name, specs, max_bytes, pool)
-        writing: deque[list[Future[None]]] = deque()
+        writing: deque[list[Writing]] = deque()
         for name, _, make in maker.tensors():
             writing.append(parts.write({name: make().cpu().numpy()}))
             for future in writing.popleft() if len(writing) > AHEAD else ():
@@ -274,7 +276,7 @@ def shape_of(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Shape
             parser.error(f"needs --preset, or also {', '.join('--' + name for name in missing)}")
         defaults = {"kv_heads": args.heads, "head_dim": args.hidden // args.heads}
         shape = Shape(**defaults | given)
-    for axis in Axis:
+    for axis in AXES:
         if shape.width(axis) <= 0 or shape.width(axis) % PACK:
             parser.error(f"the {axis.value} width, {shape.width(axis)}, is not a multiple of 8")
     if args.group_size != -1 and (args.group_size <= 0 or args.group_size % PACK):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,25 +18,24 @@ NAMES = {x: f"self_attn.{x}_proj" for x in ATTENTION} | {x: f"mlp.{x}_proj" for 
 
 
 def slow_pack_rows(values: np.ndarray, bits: int = BITS) -> np.ndarray:
-    """(K, N) integers -> (K/pf, N) int32, one value at a time."""
+    """(K, N) integers -> (K*bits/32, N) int32, one value at a time."""
     k, n = values.shape
-    pack = 32 // bits
-    words = [[0] * n for _ in range(k // pack)]
-    for row in range(k):
-        for col in range(n):
-            words[row // pack][col] |= int(values[row, col]) << bits * (row % pack)
-    return np.array(words, np.uint32).reshape(k // pack, n).view(np.int32)
+    words = np.zeros((k * bits // 32, n), np.uint32)
+    for col in range(n):
+        column = sum(int(value) << bits * row for row, value in enumerate(values[:, col]))
+        for i in range(len(words)):
+            words[i, col] = column >> 32 * i & 0xFFFFFFFF
+    return words.view(np.int32)
 
 
 def slow_unpack_rows(words: np.ndarray, bits: int = BITS) -> np.ndarray:
-    """(K/pf, N) int32 -> (K, N), one value at a time."""
-    return np.array(
-        [
-            [(int(w) & 0xFFFFFFFF) >> bits * j & (1 << bits) - 1 for w in row]
-            for row in words
-            for j in range(32 // bits)
-        ]
-    )
+    """(K*bits/32, N) int32 -> (K, N), one value at a time."""
+    columns = [
+        sum((int(word) & 0xFFFFFFFF) << 32 * i for i, word in enumerate(column))
+        for column in words.T
+    ]
+    k = len(words) * 32 // bits
+    return np.array([[c >> bits * row & (1 << bits) - 1 for c in columns] for row in range(k)])
 
 
 def dequantise(
@@ -53,6 +53,14 @@ def make_g_idx(rng: np.random.Generator, k: int, group_size: int) -> np.ndarray:
     return (np.arange(k) // group_size)[np.argsort(rng.permutation(k))].astype(np.int32)
 
 
+def make_uneven_g_idx(rng: np.random.Generator, k: int, group_size: int) -> np.ndarray:
+    """Any group may hold any number of rows, more than group_size, or none; all but the last."""
+    groups = -(-k // group_size)
+    g_idx = rng.integers(0, groups, k).astype(np.int32)
+    g_idx[0] = groups - 1
+    return g_idx
+
+
 def make_layer(
     rng: np.random.Generator,
     k: int,
@@ -67,7 +75,11 @@ def make_layer(
     """Random tensors of one quantised layer; g_idx (K,) is stored as it is."""
     groups = int(g_idx.max()) + 1
     middle = 1 << bits - 1
-    zeros = np.full((groups, n), middle) if sym else rng.integers(1, 2 * middle, (groups, n))
+    zeros = (
+        np.full((groups, n), middle)
+        if sym
+        else rng.integers(0 if v2 else 1, 2 * middle, (groups, n))
+    )
     words = rng.integers(0, 1 << 32, (k * bits // 32, n), dtype=np.uint32).view(np.int32)
     scales = rng.uniform(0.5, 1.5, (groups, n)) / np.sqrt(k) * 2 / middle
     return {
@@ -76,6 +88,26 @@ def make_layer(
         "scales": torch.from_numpy(scales).to(dtype),
         "g_idx": torch.from_numpy(g_idx.copy()),
     }
+
+
+def block_outputs(
+    x: torch.Tensor, w: dict[str, torch.Tensor], perms: dict[str, torch.Tensor], head_dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention and MLP written out head by head, each from the same input; (M, hidden)."""
+
+    def apply(name: str, inputs: torch.Tensor) -> torch.Tensor:
+        return (inputs[:, perms[name]] if name in perms else inputs) @ w[name]
+
+    q, k, v = (apply(name, x).split(head_dim, dim=1) for name in "qkv")
+    heads = []
+    for i, query in enumerate(q):
+        j = i * len(k) // len(q)
+        heads.append(torch.softmax(query @ k[j].T / head_dim**0.5, dim=-1) @ v[j])
+    gate = apply("gate", x)
+    return (
+        apply("o", torch.cat(heads, dim=1)),
+        apply("down", gate * torch.sigmoid(gate) * apply("up", x)),
+    )
 
 
 def make_checkpoint(
@@ -93,13 +125,15 @@ def make_checkpoint(
     bits: int = BITS,
     sym: bool = True,
     checkpoint_format: str | None = None,
-    g_idx: str = "shared",  # shared, different, trivial, zero, missing
+    g_idx: str = "shared",  # shared, different, uneven, trivial, zero, missing
     zero_biases: bool = False,
     tied: bool = False,
     files: int = 1,
     basename: str = "model",
     config_file: str = "config.json",  # where the quantisation config stands
     dtype: torch.dtype = torch.float16,
+    # What is other than above in some linear layers, by their names; None: not quantised.
+    modules: Mapping[str, Mapping[str, Any] | None] | None = None,
     quant: Mapping[str, Any] | None = None,  # replaces keys of the quantisation config
     config: Mapping[str, Any] | None = None,  # replaces keys of config.json; None removes
     seed: int = 0,
@@ -127,30 +161,40 @@ def make_checkpoint(
     def normal(*shape: int) -> torch.Tensor:
         return torch.from_numpy(rng.normal(size=shape)).to(dtype)
 
+    def linear(name: str, k: int, n: int, orders: dict[Any, np.ndarray], kin: str) -> None:
+        form: dict[str, Any] = {"bits": bits, "group_size": group_size, "sym": sym}
+        own = (modules or {}).get(name, {})
+        if own is None:
+            tensors[f"{name}.weight"] = normal(n, k) / np.sqrt(k)
+            return
+        form |= own
+        size = k if form["group_size"] == -1 else form["group_size"]
+        if (kin, size) not in orders:
+            make = make_uneven_g_idx if g_idx == "uneven" else make_g_idx
+            orders[kin, size] = make(rng, k, size)
+        order = orders[kin, size]
+        if g_idx in ("trivial", "zero", "missing"):
+            order = (np.arange(k) // size).astype(np.int32)
+        v2 = checkpoint_format == "gptq_v2"
+        layer = make_layer(rng, k, n, order, sym=form["sym"], v2=v2, dtype=dtype, bits=form["bits"])
+        if g_idx == "zero":
+            layer["g_idx"].zero_()
+        if g_idx == "missing":
+            del layer["g_idx"]
+        tensors.update({f"{name}.{part}": tensor for part, tensor in layer.items()})
+
     for block in range(blocks):
         prefix = f"model.layers.{block}"
-        orders: dict[str, np.ndarray] = {}
+        orders: dict[Any, np.ndarray] = {}
         for name, (k, n) in shapes.items():
-            size = k if group_size == -1 else group_size
             kin = (
                 name if g_idx == "different" else {"k": "q", "v": "q", "up": "gate"}.get(name, name)
             )
-            if kin not in orders:
-                orders[kin] = make_g_idx(rng, k, size)
-            order = orders[kin]
-            if g_idx in ("trivial", "zero", "missing"):
-                order = (np.arange(k) // size).astype(np.int32)
-            v2 = checkpoint_format == "gptq_v2"
-            layer = make_layer(rng, k, n, order, sym=sym, v2=v2, dtype=dtype, bits=bits)
-            if g_idx == "zero":
-                layer["g_idx"].zero_()
-            if g_idx == "missing":
-                del layer["g_idx"]
+            linear(f"{prefix}.{NAMES[name]}", k, n, orders, kin)
             if name in biased:
-                layer["bias"] = normal(n) * 0.1
+                tensors[f"{prefix}.{NAMES[name]}.bias"] = normal(n) * 0.1
             elif zero_biases:
-                layer["bias"] = torch.zeros(n, dtype=dtype)
-            tensors |= {f"{prefix}.{NAMES[name]}.{part}": t for part, t in layer.items()}
+                tensors[f"{prefix}.{NAMES[name]}.bias"] = torch.zeros(n, dtype=dtype)
         tensors[f"{prefix}.input_layernorm.weight"] = normal(hidden) * 0.1 + 1
         tensors[f"{prefix}.post_attention_layernorm.weight"] = normal(hidden) * 0.1 + 1
         if model_type == "qwen3":
@@ -158,7 +202,9 @@ def make_checkpoint(
             tensors[f"{prefix}.self_attn.k_norm.weight"] = normal(head_dim) * 0.1 + 1
     tensors["model.embed_tokens.weight"] = normal(vocab, hidden)
     tensors["model.norm.weight"] = normal(hidden) * 0.1 + 1
-    if not tied:
+    if "lm_head" in (modules or {}):
+        linear("lm_head", hidden, vocab, {}, "lm_head")
+    elif not tied:
         tensors["lm_head.weight"] = normal(vocab, hidden)
 
     _write_files(directory, tensors, files, basename)
@@ -166,11 +212,17 @@ def make_checkpoint(
         "quant_method": "gptq",
         "bits": bits,
         "group_size": group_size,
-        "desc_act": g_idx in ("shared", "different"),
+        "desc_act": g_idx in ("shared", "different", "uneven"),
         "sym": sym,
     }
     if checkpoint_format:
         quantization["checkpoint_format"] = checkpoint_format
+    if modules:  # as GPTQModel says it
+        quantization["lm_head"] = "lm_head" in modules
+        quantization["dynamic"] = {
+            f"{'-' if own is None else '+'}:^{re.escape(name)}$": dict(own or {})
+            for name, own in modules.items()
+        }
     quantization |= quant or {}
     model = {
         "architectures": [f"{model_type.capitalize()}ForCausalLM"],

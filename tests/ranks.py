@@ -46,7 +46,11 @@ class Threads:
 
 
 def run_ranks(
-    out: Path, tp: int, call: Callable[[nn.Module], Any], monkeypatch: pytest.MonkeyPatch
+    out: Path,
+    tp: int,
+    call: Callable[[nn.Module], Any],
+    monkeypatch: pytest.MonkeyPatch,
+    **options: Any,
 ) -> tuple[list[Any], int]:
     """What each rank's model answers, and how often they summed."""
     threads = Threads(tp)
@@ -54,7 +58,7 @@ def run_ranks(
     models = []
     for rank in range(tp):  # one after the other: transformers builds models under a global lock
         threads.set_rank(rank)
-        models.append(tpgptq_runtime.load_model(out, dtype=torch.float32))
+        models.append(tpgptq_runtime.load_model(out, dtype=torch.float32, **options))
 
     def work(rank: int) -> Any:
         threads.set_rank(rank)

@@ -32,16 +32,16 @@ def test_inspect_says_what_a_person_wants_to_know(tpgptq: Run, tiny: Path) -> No
     assert "llama, 4 blocks, 4 query and 2 kv heads of 64" in result.stdout
     assert "28 of 28 layers are truly act-ordered." in result.stdout
     assert "q_proj, k_proj, v_proj share one g_idx in 4 of 4 blocks." in result.stdout
-    assert "Tensor-parallel degrees: 1, 2, 4." in result.stdout
+    assert "Tensor-parallel degrees: every one from 1 to 11." in result.stdout
     rows = [line.split() for line in result.stdout.splitlines() if line[:1].isdigit()]
-    assert [row[0] for row in rows if "(g" in " ".join(row)] == ["1", "2", "4"]
+    assert [row[0] for row in rows if "(g" in " ".join(row)] == [str(tp) for tp in range(1, 12)]
     assert result.stderr == ""
 
 
 def test_inspect_json_agrees_with_the_table(tpgptq: Run, tiny: Path) -> None:
     report = json.loads(tpgptq("inspect", "--json", tiny).stdout)
-    assert report["legal_tp"] == [1, 2, 4]
-    assert [degree["tp"] for degree in report["degrees"]] == [1, 2, 4]
+    assert report["largest_tp"] == 11
+    assert [degree["tp"] for degree in report["degrees"]] == list(range(1, 12))
     assert sum(layer["act_ordered"] for layer in report["layers"]) == 28
     assert report["degrees"][0]["growth"] == 1
     only = json.loads(tpgptq("inspect", "--json", "--tp", 2, tiny).stdout)
@@ -104,6 +104,9 @@ def test_every_command_and_option_has_help() -> None:
         ["convert", "--tp", "2", "--row-group", "64", "m", "out"],
         ["convert", "--tp", "2", "--max-shard-size", "huge", "m", "out"],
         ["convert", "--tp", "2", "--layout", "other", "m", "out"],
+        ["convert", "--tp", "2", "--no-verify", "--push-to-hub", "org/name", "m", "out"],
+        ["convert", "--tp", "2", "--private", "m", "out"],
+        ["push", "out"],
         ["inspect"],
         ["explode"],
     ],
@@ -124,7 +127,7 @@ def test_every_error_of_the_family_is_shown_as_lines(
     assert len(family) >= 6
     for kind in family:
 
-        def fail(_: Path, kind: type[errors.TpgptqError] = kind) -> None:
+        def fail(*_: object, kind: type[errors.TpgptqError] = kind) -> None:
             raise kind("this is; that must be", hint="do it")
 
         monkeypatch.setattr(checkpoint, "read_checkpoint", fail)
@@ -133,7 +136,7 @@ def test_every_error_of_the_family_is_shown_as_lines(
         assert result.stderr == "Error: this is; that must be\nHint: do it\n"
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupted_run_leaves_nothing(tiny: Path, tmp_path: Path, how: signal.Signals) -> None:
     """The signal comes while files are being written: a layer is held up until it does."""
     code = (
@@ -163,7 +166,11 @@ def test_an_interrupted_run_leaves_nothing(tiny: Path, tmp_path: Path, how: sign
         assert len(list(tmp_path.iterdir())) == 1  # the temporary directory
         process.send_signal(how)
         _, stderr = process.communicate()  # the layer is held up for a minute at most
-    assert process.returncode == 1
+    assert process.returncode == 128 + how
+    assert stderr.splitlines()[-2:] == [
+        f"Error: stopped by {how.name} before it was done",
+        "Hint: run it again; a conversion with --resume keeps what it has written",
+    ]
     assert "Traceback" not in stderr
     assert list(tmp_path.iterdir()) == []
 

@@ -187,7 +187,6 @@ def test_the_real_checkpoint(
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
         assert (out / name).read_bytes() == (tiny / name).read_bytes()
     assert not (out / "quantize_config.json").exists()
-    assert (out / "README.md").read_text().startswith("---\nlicense: apache-2.0\n---\n")
 
 
 @pytest.mark.parametrize("layout", ["ranks", "merged"])
@@ -283,6 +282,29 @@ def test_the_manifest_describes_what_is_there(tpgptq: Run, tiny: Path, tmp_path:
         assert entry == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     ((name, entry),) = manifest["source"]["files"].items()
     assert entry["sha256"] == hashlib.sha256((tiny / name).read_bytes()).hexdigest()
+
+
+def test_config_json_counts_empty_heads(tpgptq: Run, tmp_path: Path) -> None:
+    silent = {"num_key_value_heads": None, "head_dim": None}
+    model = make_checkpoint(tmp_path / "model", kv_heads=4, config=silent)
+    succeed(tpgptq("convert", "--tp", 2, "--tp", 3, model, tmp_path / "out"))
+    names = ("num_attention_heads", "num_key_value_heads", "head_dim")
+    for tp, sizes in {2: (4, None, None), 3: (6, 6, 16)}.items():
+        config = json.loads((tmp_path / "out" / f"tp-{tp}" / "config.json").read_text())
+        assert tuple(config.get(name) for name in names) == sizes
+
+
+@pytest.mark.parametrize("layout", ["ranks", "merged"])
+@pytest.mark.parametrize("tp", range(1, 10))
+def test_every_degree(tpgptq: Run, tmp_path: Path, tp: int, layout: str) -> None:
+    """The head counts of SmolLM2-135M, and groups that no degree divides; verified."""
+    shape = {"heads": 9, "kv_heads": 3, "head_dim": 8, "intermediate": 352}
+    model = make_checkpoint(tmp_path / "model", **shape, config={"attention_bias": True})
+    out = tmp_path / "out"
+    succeed(tpgptq("convert", "--tp", tp, "--layout", layout, model, out))
+    heads = manifest_of(out)["heads"]
+    assert (heads["query"], heads["kv"]) == (9, 3)
+    assert heads["padded_query"] % tp == 0
 
 
 def test_json_prints_one_object(tpgptq: Run, tiny: Path, tmp_path: Path) -> None:
@@ -564,6 +586,11 @@ def set_at(value: Any, *keys: Any) -> Callable[[dict[str, Any]], None]:
         (set_at("row", "modules", GATE, "parallel"), 3),
         (set_at({}, "modules"), 3),
         (set_at(8, "heads", "padded_query"), 3),
+        (set_at(4, "heads", "padded_kv"), 3),
+        (set_at(5, "heads", "padded_query"), 1),
+        (set_at(0, "heads", "padded_kv"), 1),
+        (set_at(3, "heads", "padded_kv"), 1),
+        (set_at(None, "heads", "padded_kv"), 1),
         (set_at(1, "heads", "kv"), 3),
         (set_at(704, "intermediate", "padded"), 3),
         (set_at(False, "sym"), 3),
@@ -651,6 +678,36 @@ def test_verify_notices_ranks_that_changed_places(
         name.write_bytes(other)
     refresh_checksums(out)
     assert tpgptq("verify", tiny, out).exit_code == 3
+
+
+@pytest.mark.parametrize("with_index", [True, False], ids=["exact", "functional"])
+def test_verify_notices_kv_heads_that_changed_places(
+    tpgptq: Run, tmp_path: Path, with_index: bool
+) -> None:
+    """Every value is there, and where the index says; but the query heads meet other keys."""
+    model, out = make_checkpoint(tmp_path / "model"), tmp_path / "out"
+    succeed(tpgptq("convert", "--tp", 3, model, out))
+    paths = [out / f"model-rank-{rank}-part-0.safetensors" for rank in (0, 1)]
+    index = out / "tpgptq-index.safetensors"
+    parts = [load_file(path) for path in paths]
+    layers = [f"model.layers.1.self_attn.{x}_proj" for x in "kv"]
+    moved = [name for name in parts[0] if name.rpartition(".")[0] in layers]
+    for path, other in zip(paths, reversed(parts), strict=True):
+        edit_tensors(path, lambda t, other=other: t.update({n: other[n] for n in moved}))
+
+    def swap(vectors: dict[str, torch.Tensor]) -> None:
+        for layer in layers:
+            vectors[f"{layer}.cols"][[0, 1]] = vectors[f"{layer}.cols"][[1, 0]]
+
+    edit_tensors(index, swap)
+    if not with_index:
+        index.unlink()
+    refresh_checksums(out)
+    result = tpgptq("verify", model, out)
+    assert result.exit_code == 3
+    assert "o_proj: the sum over the ranks differs" in result.stderr
+    apart = "o_proj: rank 0: its query heads don't stand with their kv heads" in result.stderr
+    assert apart == with_index
 
 
 def test_verify_against_another_model(tpgptq: Run, converted: Path, tmp_path: Path) -> None:

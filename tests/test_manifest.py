@@ -101,7 +101,7 @@ def test_a_file_that_holds_something_else(
     ("changes", "words"),
     [
         ({"sym": "yes"}, "sym is 'yes'; must be true or false"),
-        ({"bits": 5}, "bits is 5; must divide 32"),
+        ({"bits": 5}, "bits is 5; must be one of (2, 3, 4, 8)"),
         ({"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'; must be gptq or gptq_v2"),
     ],
 )
@@ -109,7 +109,7 @@ def test_a_manifest_that_cannot_be(
     outs: dict[str, Path], tmp_path: Path, changes: dict[str, Any], words: str
 ) -> None:
     write_json(tmp_path / "tpgptq.json", read_manifest(outs["ranks"]) | changes)
-    with pytest.raises(OutputError, match=words):
+    with pytest.raises(OutputError, match=re.escape(words)):
         read_manifest(tmp_path)
 
 

@@ -11,18 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from factories import NAMES, dequantise, make_g_idx, make_layer
+from factories import NAMES, block_outputs, dequantise, make_g_idx, make_layer, make_uneven_g_idx
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from plain import packed
 
-from tpgptq_convert.checkpoint import Checkpoint, Layer
-from tpgptq_convert.config import QuantConfig
+from tpgptq_convert.checkpoint import Checkpoint, Layer, widths_of
+from tpgptq_convert.config import Geometry, QuantConfig
 from tpgptq_convert.errors import DegreeError
 from tpgptq_convert.families import FAMILIES, LLAMA, Axis
-from tpgptq_convert.plan import Plan, Shard, legal_degrees, make_plans
+from tpgptq_convert.plan import Heads, Plan, Shard, deal_heads, make_plans
 from tpgptq_convert.repack import open_device, repack
-from tpgptq_convert.source import TensorSpec
 
 BY_NAME = {name: short for short, name in NAMES.items()}
 
@@ -57,38 +56,33 @@ def make_model(
         "num_hidden_layers": blocks,
         "model_type": "llama",
     }
-    geometry = LLAMA.geometry(config)
-    widths = {
-        Axis.HIDDEN: hidden,
-        Axis.QUERY: heads * head_dim,
-        Axis.KV: kv * head_dim,
-        Axis.MLP: intermediate,
-    }
+    geometry, quant = LLAMA.geometry(config), QuantConfig(4, group_size, sym, True, False, "gptq")
+    widths = widths_of(geometry)
     all_layers, all_tensors = [], []
     for block in range(blocks):
         layers, tensors = [], {}
         shared: dict[Axis, np.ndarray] = {}
         for linear in LLAMA.linears:
-            k, n = widths[linear.reads], linear.width(widths)
+            k, n = widths[linear.reads.name], linear.width(widths)
             size = k if group_size == -1 else min(group_size, k)
             g_idx = make_g_idx(rng, k, size)
             if order == "equal":
                 g_idx = shared.setdefault(linear.reads, g_idx)
             elif order == "trivial":
                 g_idx = (np.arange(k) // size).astype(np.int32)
-            elif order == "uneven":  # any group may hold any number of rows
-                g_idx = rng.integers(0, -(-k // size), k).astype(np.int32)
-                g_idx[0] = -(-k // size) - 1
+            elif order == "uneven":
+                g_idx = make_uneven_g_idx(rng, k, size)
             name = f"model.layers.{block}.{linear.name}"
             tensors[name] = make_layer(rng, k, n, g_idx, sym=sym)
-            scales = TensorSpec("F16", tuple(tensors[name]["scales"].shape))
-            layers.append(Layer(name, linear, k, n, size, g_idx, scales, None))
+            groups = len(tensors[name]["scales"])
+            sizes = (k, n, quant, size, groups)
+            layers.append(Layer(name, linear.name, linear, *sizes, g_idx, "F16", None))
         all_layers.append(tuple(layers))
         all_tensors.append(tensors)
     checkpoint = Checkpoint(
         source=None,  # type: ignore[arg-type]  # the planner reads no tensor
         config=config,
-        quant=QuantConfig(4, group_size, sym, True, False, "gptq"),
+        quant=quant,
         family=LLAMA,
         geometry=geometry,
         blocks=tuple(all_layers),
@@ -117,7 +111,7 @@ def models(draw: st.DrawFn) -> Model:
 
 
 def any_plan(data: st.DataObject, model: Model) -> Plan:
-    tp = data.draw(st.sampled_from(legal_degrees(model.checkpoint.geometry)), "tp")
+    tp = data.draw(st.integers(1, min(model.checkpoint.most_ranks, 16)), "tp")
     row_group = data.draw(st.sampled_from([32, 16, 8]), "row_group")
     return make_plans(model.checkpoint, [tp], row_group)[0]
 
@@ -132,7 +126,7 @@ def test_every_shard_obeys_the_laws(model: Model, data: st.DataObject) -> None:
     for index, block in enumerate(model.checkpoint.blocks):
         shards = plan.block(index)
         for layer in block:
-            size = plan.sizes[layer.linear.name]
+            size = plan.sizes[layer.kind]
             for shard in shards[layer.name]:
                 assert shard.rows.shape == (size.in_features,)
                 assert shard.cols.shape == (size.out_features,)
@@ -153,9 +147,12 @@ def check_kept_once(plan: Plan, layer: Layer, shards: tuple[Shard, ...]) -> None
         assert sorted(chain(*rows)) == every_row
         assert all(c == every_col for c in cols)
     else:
-        copies = plan.replicas if layer.linear.writes == (Axis.KV,) else 1
         assert all(r == every_row for r in rows)
-        assert sorted(chain(*cols)) == sorted(every_col * copies)
+        if layer.linear.writes == (Axis.KV,):  # as often as its query heads need it
+            assert sorted(set(chain(*cols))) == every_col
+            assert len(list(chain(*cols))) == plan.heads.copies * len(every_col)
+        else:
+            assert sorted(chain(*cols)) == every_col
 
 
 @slow
@@ -190,26 +187,6 @@ def test_the_sum_over_the_ranks_equals_the_source(model: Model, data: st.DataObj
             torch.testing.assert_close(summed, expected, rtol=0, atol=1e-12 * expected.abs().max())
 
 
-def block_outputs(
-    x: torch.Tensor, w: dict[str, torch.Tensor], perms: dict[str, torch.Tensor], head_dim: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention and MLP written out head by head, each from the same input; (M, hidden)."""
-
-    def apply(name: str, inputs: torch.Tensor) -> torch.Tensor:
-        return (inputs[:, perms[name]] if name in perms else inputs) @ w[name]
-
-    q, k, v = (apply(name, x).split(head_dim, dim=1) for name in "qkv")
-    heads = []
-    for i, query in enumerate(q):
-        j = i * len(k) // len(q)
-        heads.append(torch.softmax(query @ k[j].T / head_dim**0.5, dim=-1) @ v[j])
-    gate = apply("gate", x)
-    return (
-        apply("o", torch.cat(heads, dim=1)),
-        apply("down", gate * torch.sigmoid(gate) * apply("up", x)),
-    )
-
-
 @slow
 @given(models(), st.data())
 def test_merged_shards_are_the_shards_in_rank_order(model: Model, data: st.DataObject) -> None:
@@ -219,8 +196,7 @@ def test_merged_shards_are_the_shards_in_rank_order(model: Model, data: st.DataO
         merged = plan.merged(layer, shards)
         pieces = plan.tp
         if layer.linear.writes == (Axis.KV,):
-            pieces //= plan.replicas
-            assert sorted(merged.cols.tolist()) == list(range(layer.out_features))
+            pieces //= plan.heads.replicas
         for rank, shard in enumerate(shards):
             piece = rank * pieces // plan.tp
             if layer.linear.parallel == "row":
@@ -317,8 +293,14 @@ def test_one_group_per_column_is_cut_anywhere() -> None:
         assert size.group_size == size.in_features
 
 
+def geometry_of(heads: int, kv: int, head_dim: int = 128, hidden: int = 0) -> Geometry:
+    sizes = {"query": head_dim, "kv": head_dim}
+    hidden = hidden or heads * head_dim
+    return Geometry(hidden, 1, heads, kv, head_dim, sizes, {"mlp": 64}, 0, "silu")
+
+
 @pytest.mark.parametrize(
-    ("heads", "kv", "legal"),
+    ("heads", "kv", "even"),
     [
         (9, 3, (1, 3, 9)),
         (4, 2, (1, 2, 4)),
@@ -328,31 +310,76 @@ def test_one_group_per_column_is_cut_anywhere() -> None:
         (28, 4, (1, 2, 4, 28)),
     ],
 )
-def test_legal_degrees(heads: int, kv: int, legal: tuple[int, ...]) -> None:
-    model = make_model(heads, kv, 8, 64, 64, 32, "equal", 0)
-    assert legal_degrees(model.checkpoint.geometry) == legal
-    for tp in range(-1, heads + 2):
-        if tp not in legal:
-            with pytest.raises(
-                DegreeError, match=f"tp {tp}: .*one of {', '.join(map(str, legal))}"
-            ):
-                make_plans(model.checkpoint, [tp])
+def test_heads_that_divide_are_dealt_evenly(heads: int, kv: int, even: tuple[int, ...]) -> None:
+    for tp in range(1, heads + 9):
+        dealt = deal_heads(geometry_of(heads, kv), tp, 4)
+        assert dealt.padded == (tp not in even)
+        if not dealt.padded:
+            assert (dealt.query, dealt.kv) == (heads // tp, max(1, kv // tp))
+            assert dealt.idle_ranks == 0
 
 
-def test_all_wrong_degrees_are_named_together() -> None:
+@pytest.mark.parametrize(
+    ("heads", "kv", "tp", "query", "kv_of_rank", "padded"),
+    [
+        (9, 3, 2, [0, 1, 2, 3, 4, 5], [0, 1], (12, 4)),  # the other rank: 6, 7, 8 and an empty one
+        (9, 3, 5, [0, 1, 2], [0], (15, 5)),
+        (9, 3, 6, [0, 1], [0], (12, 3)),  # two ranks share a kv head, as servers share them
+        (9, 3, 7, [0, 1], [0], (14, 7)),  # here they can't, so it stands there twice
+        (48, 1, 7, [*range(7)], [0], (49, 1)),
+        (64, 8, 6, [*range(12)], [0, 0, 1], (72, 18)),  # a copy costs less than four query heads
+        (64, 8, 12, [*range(8)], [0], (96, 12)),
+        (71, 1, 2, [*range(36)], [0], (72, 1)),
+        (32, 32, 3, [*range(11)], [*range(11)], (33, 33)),
+    ],
+)
+def test_heads_that_do_not_divide(
+    heads: int,
+    kv: int,
+    tp: int,
+    query: list[int],
+    kv_of_rank: list[int],
+    padded: tuple[int, int],
+) -> None:
+    dealt = deal_heads(geometry_of(heads, kv), tp, 4)
+    assert [vector.tolist() for vector in dealt.of_rank(0)] == [query, kv_of_rank]
+    assert (dealt.padded_query, dealt.padded_kv) == padded
+
+
+@given(st.integers(1, 12), st.integers(1, 16), st.integers(1, 40), st.sampled_from([64, 8192]))
+def test_no_dealing_costs_the_fullest_rank_less(kv: int, group: int, tp: int, hidden: int) -> None:
+    """Against every number of query heads and kv heads that ranks could have."""
+    geometry = geometry_of(kv * group, kv, hidden=hidden)
+    best = deal_heads(geometry, tp, 4)
+    places = kv * best.copies
+    real = [[head for head in best.of_rank(rank)[0].tolist() if head >= 0] for rank in range(tp)]
+    assert sorted(chain(*real)) == list(range(kv * group))
+    for each in range(1, group + 1):
+        for kv_of_rank in range(1, kv * group + 1):
+            if kv_of_rank * tp >= kv * -(-group // each):
+                assert Heads(geometry, tp, kv_of_rank, each).cost(4) >= best.cost(4)
+    assert best.idle_ranks == tp - -(-places // best.kv) >= 0
+    assert best.padded_kv % tp == 0 or tp % best.padded_kv == 0
+
+
+def test_degrees_that_leave_ranks_with_nothing_are_named_together() -> None:
     model = make_model(9, 3, 8, 64, 64, 32, "equal", 0)
     with pytest.raises(DegreeError) as error:
-        make_plans(model.checkpoint, [2, 3, 4])
-    assert [problem.partition(":")[0] for problem in error.value.problems] == ["tp 2", "tp 4"]
+        make_plans(model.checkpoint, [-1, 0, 9, 10])
+    problems = [problem.partition(":")[0] for problem in error.value.problems]
+    assert problems == ["tp -1", "tp 0", "tp 10"]
 
 
 def test_every_family_is_wired_completely() -> None:
     """Each axis that a rank cuts has its writers, and one layer that reads it."""
     for family in FAMILIES.values():
-        for axis in (Axis.QUERY, Axis.MLP):
-            assert any(axis in linear.writes for linear in family.linears)
-            assert [linear.reads for linear in family.linears].count(axis) == 1
-        assert {linear.parallel for linear in family.linears} == {"column", "row"}
+        of_experts = (*family.experts.linears, *family.experts.shared) if family.experts else ()
+        linears = (*family.linears, *of_experts)
+        for axis in {linear.reads for linear in linears} - {Axis.HIDDEN}:
+            assert any(axis in linear.writes for linear in linears)
+            assert [linear.reads for linear in linears].count(axis) == 1
+        assert {linear.parallel for linear in linears} == {"column", "row"}
+        assert sum(linear.reads.free for linear in linears) in (1, 2, 3)
 
 
 def test_planning_imports_no_torch(tmp_path: Path) -> None:

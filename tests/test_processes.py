@@ -6,7 +6,7 @@ import os
 import pty
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import Result
 from factories import make_checkpoint
 
 from tpgptq_convert import convert, writer
@@ -22,6 +23,7 @@ from tpgptq_convert.errors import SourceError
 from tpgptq_convert.plan import make_plans
 from tpgptq_convert.source import Source
 
+Run = Callable[..., Result]
 TPGPTQ = ["-m", "tpgptq_convert"]
 # In rank 1: raise or die when the third layer is repacked.
 TROUBLE = """
@@ -46,6 +48,18 @@ def torchrun(processes: int, program: list[str], *arguments: object) -> subproce
     command += ["--nproc-per-node", str(processes), *program, *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+
+
+def test_a_process_that_cannot_join_the_others(tpgptq: Run, tmp_path: Path, tiny: Path) -> None:
+    environment = {"TORCHELASTIC_RUN_ID": "1", "RANK": "0", "LOCAL_RANK": "0"}  # no WORLD_SIZE
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        result = tpgptq("convert", "--tp", 2, tiny, tmp_path / "out")
+    assert result.exit_code == 1
+    assert "could not join the others" in result.stderr
+    assert len(result.stderr.splitlines()) == 2
+    assert not list(tmp_path.iterdir())
 
 
 def tree(directory: Path) -> dict[str, bytes]:
@@ -90,9 +104,9 @@ def test_several_processes_verify_together(tiny: Path, tmp_path: Path) -> None:
 
 
 def test_several_processes_refuse_with_one_voice(tiny: Path, tmp_path: Path) -> None:
-    result = torchrun(2, TPGPTQ, "convert", "--tp", 3, tiny, tmp_path / "out")
+    result = torchrun(2, TPGPTQ, "convert", "--tp", 12, tiny, tmp_path / "out")
     assert result.returncode != 0
-    assert result.stderr.count("Error: tp 3: can't share out") == 1
+    assert result.stderr.count("Error: tp 12: must be from 1 to 11") == 1
     (tmp_path / "out").mkdir()
     result = torchrun(2, TPGPTQ, "convert", "--tp", 2, tiny, tmp_path / "out")
     assert result.returncode != 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +11,15 @@ import torch
 from factories import dequantise, make_g_idx, make_layer, slow_pack_rows, slow_unpack_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from plain import gpu, packed, plain_repack, same
+from plain import bits, gpu, packed, plain_repack, same
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from tpgptq_convert import packing
-from tpgptq_convert.config import QuantConfig
+from tpgptq_convert import packing, tpgptq_runtime
+from tpgptq_convert.config import QuantConfig, fields_of, pack_factor, words_of
 from tpgptq_convert.packing import pack_cols, pack_rows, unpack_cols, unpack_rows, zero_points
 from tpgptq_convert.plan import Shard
-from tpgptq_convert.repack import open_device, repack
+from tpgptq_convert.repack import Dense, Device, open_device, repack
 
 GOLDEN = Path(__file__).parent / "golden"
 SYM = QuantConfig(4, 32, True, True, False, "gptq")
@@ -37,21 +37,45 @@ def test_eight_rows_by_hand() -> None:
     assert unpack_rows(word, 4).tolist() == values.tolist()
 
 
-@given(st.integers(1, 5), st.integers(1, 9), st.integers(0, 99))
-def test_packing_is_the_inverse_of_unpacking(rows: int, cols: int, seed: int) -> None:
-    words = random_words(rows, cols, seed)
-    for bits in (2, 4, 8):
-        assert torch.equal(pack_rows(unpack_rows(words, bits), bits), words)
-        assert torch.equal(pack_cols(unpack_cols(words, bits), bits), words)
+BITS = st.sampled_from([2, 3, 4, 8])
 
 
-@given(st.integers(1, 4), st.integers(1, 6), st.integers(0, 99))
-def test_unpacking_equals_the_slow_version(rows: int, cols: int, seed: int) -> None:
-    words = random_words(rows, cols, seed)
-    slow = slow_unpack_rows(words.numpy())
-    assert np.array_equal(unpack_rows(words, 4).numpy(), slow)
-    assert np.array_equal(unpack_cols(words.T.contiguous(), 4).numpy(), slow.T)
-    assert np.array_equal(slow_pack_rows(slow), words.numpy())
+@given(BITS, st.integers(1, 5), st.integers(1, 9), st.integers(0, 99))
+def test_packing_is_the_inverse_of_unpacking(bits: int, units: int, cols: int, seed: int) -> None:
+    words = random_words(units * bits, cols, seed)
+    assert torch.equal(pack_rows(unpack_rows(words, bits), bits), words)
+    words = words.T.contiguous()
+    assert torch.equal(pack_cols(unpack_cols(words, bits), bits), words)
+
+
+@given(BITS, st.integers(1, 4), st.integers(1, 6), st.integers(0, 99))
+def test_unpacking_equals_the_slow_version(bits: int, units: int, cols: int, seed: int) -> None:
+    words = random_words(units * bits, cols, seed)
+    slow = slow_unpack_rows(words.numpy(), bits)
+    assert np.array_equal(unpack_rows(words, bits).numpy(), slow)
+    assert np.array_equal(unpack_cols(words.T.contiguous(), bits).numpy(), slow.T)
+    assert np.array_equal(fields_of(words.numpy().T, bits), slow.T)
+    assert np.array_equal(tpgptq_runtime._unpack(words, bits, 0).numpy(), slow)
+    assert np.array_equal(slow_pack_rows(slow, bits), words.numpy())
+
+
+@given(BITS, st.integers(1, 4), st.data())
+def test_words_of_one_value(bits: int, units: int, data: st.DataObject) -> None:
+    value, count = data.draw(st.integers(0, (1 << bits) - 1)), units * bits
+    words = torch.from_numpy(words_of(value, bits, count).view(np.int32))[:, None]
+    assert words.shape == (count, 1)
+    assert (unpack_rows(words, bits) == value).all()
+
+
+def test_thirty_two_values_of_three_bits_fill_three_words() -> None:
+    """As auto-gptq lays them: the 11th and the 22nd lie across two words."""
+    values = np.random.default_rng(0).integers(0, 8, 32)
+    one = sum(int(v) << 3 * i for i, v in enumerate(values[:10])) | (int(values[10]) & 3) << 30
+    two = sum(int(v) << 3 * i + 1 for i, v in enumerate(values[11:21])) | int(values[10]) >> 2
+    two |= (int(values[21]) & 1) << 31
+    three = sum(int(v) << 3 * i + 2 for i, v in enumerate(values[22:])) | int(values[21]) >> 1
+    words = pack_rows(torch.from_numpy(values).to(torch.uint8)[:, None], 3)
+    assert words.numpy().view(np.uint32)[:, 0].tolist() == [one, two, three]
 
 
 def test_zero_points_of_both_formats() -> None:
@@ -172,20 +196,19 @@ def any_repacking(
     draw: st.DrawFn,
 ) -> tuple[dict[str, torch.Tensor], list[Shard], QuantConfig]:
     """A random layer and shards of it: padding, absent columns, empty groups."""
-    bits = draw(st.sampled_from([2, 4, 8]))
-    per_word, size = 32 // bits, draw(st.sampled_from([16, 32, 48]))
+    bits = draw(BITS)
+    pack, size = pack_factor(bits), draw(st.sampled_from([32, 96] if bits == 3 else [16, 32, 48]))
     rng = np.random.default_rng(draw(st.integers(0, 999)))
-    groups, n = draw(st.integers(1, 4)), per_word * draw(st.integers(1, 12))
+    groups, n = draw(st.integers(1, 4)), pack * draw(st.integers(1, 12))
     k = groups * size
-    words = {"qweight": (k // per_word, n), "qzeros": (groups, n // per_word)}
+    words = {"qweight": (k * bits // 32, n), "qzeros": (groups, n * bits // 32)}
     layer = {
         name: torch.from_numpy(rng.integers(0, 1 << 32, shape, dtype=np.uint32).view(np.int32))
         for name, shape in words.items()
     }
     # No zero point that a padding row can't hold: such checkpoints are refused before.
-    layer["qzeros"] &= int.from_bytes(
-        bytes([255 // (2**bits - 1) * (2**bits - 2)]) * 4, "little", signed=True
-    )
+    below = words_of(2**bits - 2, bits, n * bits // 32).view(np.int32)
+    layer["qzeros"] &= torch.from_numpy(below)
     dtype = draw(st.sampled_from([torch.float16, torch.bfloat16, torch.float32]))
     layer["scales"] = torch.from_numpy(rng.uniform(0.5, 1.5, (groups, n))).to(dtype)
     if draw(st.booleans()):
@@ -193,16 +216,16 @@ def any_repacking(
     g_idx = make_g_idx(rng, k, size)
     shards = []
     for _ in range(draw(st.integers(1, 3))):
-        unit = draw(st.sampled_from([16, size]))
+        unit = draw(st.sampled_from([pack if bits < 4 else 16, size]))
         shard = bucketed_by_hand(np.flatnonzero(rng.random(k) < 0.7), g_idx, unit, n)
         more = draw(st.integers(0, 2))
         rows = np.append(shard.rows, np.full(more * unit, -1)).astype(np.int32)
         of_group = np.append(shard.groups, np.full(more, -1)).astype(np.int32)
         cols = np.arange(n, dtype=np.int32)
         if draw(st.booleans()):
-            cols = rng.permutation(np.append(cols, np.full(per_word, -1, np.int32)))
+            cols = rng.permutation(np.append(cols, np.full(pack, -1, np.int32)))
         elif draw(st.booleans()):
-            cols = cols[: per_word * (n // per_word // 2 + 1)]
+            cols = cols[: pack * (n // pack // 2 + 1)]
         perm = rng.permutation(len(rows)).astype(np.int32) if draw(st.booleans()) else None
         if len(rows):
             shards.append(Shard(rows, cols, of_group, unit, perm))
@@ -231,3 +254,22 @@ def test_the_triton_kernel_gives_the_plain_executors_bytes(
     results = list(repack(packed(layer), ([s] for s in shards), quant, gpu()))
     for shard, tensors in zip(shards, results, strict=True):
         assert same(tensors, plain_repack(layer, shard, quant))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("device", [lambda: open_device("cpu"), gpu], ids=["cpu", "triton"])
+def test_floats_are_moved_by_the_same_vectors(
+    device: Callable[[], Device], dtype: torch.dtype
+) -> None:
+    rng = np.random.default_rng(0)
+    weight = torch.from_numpy(rng.normal(size=(24, 32))).to(dtype)
+    bias = torch.from_numpy(rng.normal(size=24)).half()
+    rows = rng.permutation(np.append(rng.permutation(32)[:21], [-1] * 3)).astype(np.int32)
+    cols = rng.permutation(np.append(rng.permutation(24)[:13], [-1] * 2)).astype(np.int32)
+    shard = Shard(rows, cols, np.zeros(1, np.int32), len(rows), np.maximum(rows, 0))
+    (tensors,) = repack(Dense(bits(weight), bits(bias)), [[shard]], None, device())
+    expected = weight[cols][:, rows]
+    expected[cols < 0], expected[:, rows < 0] = 0, 0
+    wanted = {"weight": expected, "perm": torch.from_numpy(np.maximum(rows, 0))}
+    wanted["bias"] = torch.where(torch.from_numpy(cols < 0), 0, bias[cols])
+    assert same(tensors, wanted)

@@ -163,7 +163,7 @@ def test_wrong_use_is_said_in_words(tpgptq: Run, tiny: Path, tmp_path: Path) -> 
         module.Checkpoint(tiny)
     manifest = json.loads((out / "tpgptq.json").read_text())
     (out / "tpgptq.json").write_text(json.dumps(manifest | {"format_version": 9}))
-    with pytest.raises(ValueError, match="format_version is 9; this module reads 1"):
+    with pytest.raises(ValueError, match="format_version is 9; this module reads 1 and 2"):
         module.Checkpoint(out)
 
 

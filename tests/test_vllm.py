@@ -207,15 +207,23 @@ def sharded(tmp_path_factory: pytest.TempPathFactory, tpgptq: Run) -> Jobs:
             config={"attention_bias": True, "mlp_bias": True},
         )
     )
+    shape = SHAPE | {"heads": 6, "kv_heads": 3, "hidden": 192}  # a kv head is empty at degree 2
+    padded = soften(make_checkpoint(directory / "padded", **shape))
     for layout in ("ranks", "merged"):
-        jobs.add(layout, biased, jobs.convert(biased, 2, layout), 2)
+        for model in (biased, padded):
+            jobs.add(f"{model.name} {layout}", model, jobs.convert(model, 2, layout), 2)
     jobs.run()
     return jobs
 
 
 @pytest.mark.parametrize("layout", ["ranks", "merged"])
 def test_biases_shared_kv_heads_and_different_orders(sharded: Jobs, layout: str) -> None:
-    assert_close(sharded.answers[layout])
+    assert_close(sharded.answers[f"biased {layout}"])
+
+
+@pytest.mark.parametrize("layout", ["ranks", "merged"])
+def test_empty_heads(sharded: Jobs, layout: str) -> None:
+    assert_close(sharded.answers[f"padded {layout}"])
 
 
 def spoil(out: Path, tensor: str, values: dict[int, int]) -> None:
@@ -246,8 +254,8 @@ def misused(tmp_path_factory: pytest.TempPathFactory, tpgptq: Run, tiny: Path) -
     def say(name: str, key: str, old: str, new: str, file: str = "config.json") -> None:
         edit_text(copy(name) / file, f'"{key}": {old}', f'"{key}": {new}')
 
-    say("config", "format_version", "1", "2")
-    say("manifest", "format_version", "1", "2", "tpgptq.json")
+    say("config", "format_version", "1", "3")
+    say("manifest", "format_version", "1", "3", "tpgptq.json")
     say("config-size", "intermediate_size", "704", "768")
     say("layers", "num_hidden_layers", "4", "5")
     say("bias", "attention_bias", "false", "true")
@@ -271,9 +279,16 @@ def misused(tmp_path_factory: pytest.TempPathFactory, tpgptq: Run, tiny: Path) -
     jobs.add("sum", tiny, directory / "sum", env={"TPGPTQ_CHECKSUMS": "1"})
     odd = make_checkpoint(directory / "odd", **SHAPE | {"hidden": 80, "group_size": 16})
     jobs.add("kernel", odd, jobs.convert(odd, 1))
+    down, up = (f"model.layers.0.mlp.{name}_proj" for name in ("down", "up"))
+    for name, modules in (("mixed", {down: {"bits": 8}, up: None}), ("head", {"lm_head": {}})):
+        model = make_checkpoint(directory / f"{name}-source", **SHAPE, modules=modules)
+        jobs.add(name, model, jobs.convert(model, 1))
     jobs.add("lora", tiny, jobs.convert(tiny, 1), engine={"enable_lora": True})
     jobs.add("float32", tiny, directory / "sum-unasked", engine={"dtype": "float32"})
     jobs.add("degree", tiny, jobs.convert(tiny, 1), 2)
+    shape = SHAPE | {"heads": 6, "kv_heads": 3, "model_type": "qwen2"}
+    qwen2 = make_checkpoint(directory / "qwen2", **shape)
+    jobs.add("empty-heads", qwen2, jobs.convert(qwen2, 2), 2)
     jobs.run()
     return jobs
 
@@ -281,8 +296,8 @@ def misused(tmp_path_factory: pytest.TempPathFactory, tpgptq: Run, tiny: Path) -
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("config", r"config.json: format_version of quant_method tpgptq is 2; must be 1"),
-        ("manifest", r"format 'tpgptq' version 2; must be 'tpgptq' version 1"),
+        ("config", r"config.json: format_version of quant_method tpgptq is 3; must be 1 or 2"),
+        ("manifest", r"format 'tpgptq' version 3; must be 'tpgptq' version 1 or 2"),
         ("config-size", r"intermediate_size is 768 in config.json and 704 in tpgptq.json"),
         ("listed", r"index.json: must list the \d+ tensors that every rank reads"),
         ("layers", r"layers.4.self_attn.q_proj.* is not in tpgptq.json; must be"),
@@ -299,6 +314,9 @@ def misused(tmp_path_factory: pytest.TempPathFactory, tpgptq: Run, tiny: Path) -
             "kernel",
             r"no kernel of this vLLM takes 80 x 256 weights without zero points in groups of 16",
         ),
+        ("mixed", r"mlp.up_proj isn't quantised; must have weights of 4 bits"),
+        ("mixed", r"mlp.down_proj has weights of 8 bits; must have weights of 4 bits"),
+        ("head", r"lm_head is quantised; must not be"),
         ("lora", r"LoRA is enabled; must not be"),
         ("float32", r"float32 is not supported for quantization method tpgptq"),
     ],
@@ -311,6 +329,11 @@ def test_another_degree_is_refused_in_words(misused: Jobs) -> None:
     assert "error" in misused.answers["degree"]  # the words are the workers'
     assert "was written for tp 1, and --tensor-parallel-size is 2; must be 1" in misused.log
     assert "or convert the source again with --tp 2" in misused.log
+
+
+def test_empty_heads_that_vllm_would_miscount_are_refused_in_words(misused: Jobs) -> None:
+    assert "error" in misused.answers["empty-heads"]
+    assert "has empty heads, since tp 2 doesn't divide the 6 query and 3 kv heads" in misused.log
 
 
 def test_checksums_are_compared_only_if_asked(misused: Jobs) -> None:
@@ -390,6 +413,7 @@ def test_the_last_vllm_that_runs_act_order_agrees(tpgptq: Run, tiny: Path, tmp_p
     jobs.add("source", tiny, tiny)
     jobs.add("ranks", tiny, jobs.convert(tiny, 1))
     jobs.add("merged", tiny, jobs.convert(tiny, 2, "merged"), 2)
+    jobs.add("folded", tiny, jobs.convert(tiny, 2, "gptq"), 2)
     jobs.run(os.environ["TPGPTQ_OLD_VLLM"])
     for answer in jobs.answers.values():
         assert_close(answer)

@@ -2,70 +2,253 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-CARD = """\
-# {name}, {bits}-bit GPTQ for tensor-parallel degree {tp}
+import yaml
+from huggingface_hub import ModelCardData
+from huggingface_hub.repocard import metadata_load
 
-Made from `{name}` by {tool} with
+from tpgptq_convert.manifest import weight_files
+from tpgptq_convert.served import limits, refusals
+from tpgptq_convert.source import read_json
+
+HUB = "https://huggingface.co"
+LICENSES = ("license", "licence", "copying")  # how the names of files that hold one begin
+
+CARD = """
+# {title}, {bits}-bit GPTQ for tensor-parallel degree {tp}
+
+Made from {source} by {tool} with
 
 ```
 {command}
 ```
 
-The quantised values are the source's own, bit for bit. Rows and columns were put in an order in
-which every rank's every layer has consecutive groups, so that no rank needs another rank's
-activations; `tpgptq-index.safetensors` says where each of them came from.
-
 {files}
 
-Serve it with vLLM, in an environment that has `tpgptq-convert` too:
+## What is changed, and what isn't
 
-```
-vllm serve . --tensor-parallel-size {tp}
-```
+Every quantised value, scale and zero point is the source's own, bit for bit, and so are the
+embeddings, the norms and whatever else wasn't quantised: nothing was quantised again. Rows and
+columns of the quantised layers stand in an order in which every rank's every layer has consecutive
+groups, so that no rank needs another rank's activations; rows that pad a group contribute exactly
+zero. `tpgptq-index.safetensors` says where each row and column came from, and
+`tpgptq verify {name} DIRECTORY` proves all of this.
 
-or run it with the module in this directory, which needs torch (and transformers for the model):
+It runs at tensor-parallel degree {tp}. A LoRA adapter of the MLP,
+made for the source, must be permuted along with the channels: `mlp.*.rows` and `mlp.*.cols` of the
+index file say how. Engines that know plain GPTQ alone must not load it: they would ignore `perm`,
+and the group size of attention's output layer.
+
+## vLLM
+
+{vllm}
+
+## Transformers, and the runtime module
+
+`tpgptq_runtime.py` lies beside the weights and needs torch, and transformers for the model{fetch}:
 
 ```
 torchrun --nproc-per-node {tp} tpgptq_runtime.py --prompt "Once upon a time"
 ```
 
-Engines that know plain GPTQ alone must not load it: they would ignore `perm`, and the group size of
-attention's output layer. It runs at tensor-parallel degree {tp} (in vLLM at its divisors too). A
-LoRA adapter of the MLP, made for the source, must be permuted along with the channels: `mlp.*.rows`
-and `mlp.*.cols` of the index file say how.
+or, in a program that `torchrun --nproc-per-node {tp}` starts there:
+
+```python
+import os
+import torch, torch.distributed as dist
+from transformers import AutoTokenizer
+import tpgptq_runtime
+
+cuda = torch.cuda.is_available()
+device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
+dist.init_process_group("nccl" if cuda else "gloo")
+model = tpgptq_runtime.load_model(
+    ".", dtype=torch.float16 if cuda else torch.float32, device=device
+)
+tokenizer = AutoTokenizer.from_pretrained(".")
+prompt = tokenizer("Once upon a time", return_tensors="pt").to(device)
+tokens = model.generate(
+    prompt["input_ids"], attention_mask=prompt["attention_mask"], max_new_tokens=20
+)
+if dist.get_rank() == 0:
+    print(tokenizer.decode(tokens[0]))
+dist.destroy_process_group()
+```
+"""
+
+SERVED = """\
+In an environment that has `tpgptq-convert` too, which brings the plugin; at divisors of {tp} too:
+
+```
+vllm serve {where} --tensor-parallel-size {tp}
+```"""
+
+NOT_SERVED = "vLLM, with the plugin that `tpgptq-convert` brings, doesn't serve it: {problems}."
+
+DEGREES = """
+# {title}, {bits}-bit GPTQ for tensor parallelism
+
+Made from {source} by {tool}. Each degree is a branch of its own, with a card that says more:
+
+{table}
+
+{vllm}
+"""
+
+FOLDED_CARD = """
+# {title}, {bits}-bit GPTQ with its MLP folded, for tensor-parallel degree {tp}
+
+Made from {source} by {tool} with
+
+```
+{command}
+```
+
+An ordinary GPTQ checkpoint. The quantised values are the source's own, bit for bit, but the
+channels of the MLP were put in the order in which the layer that reads them has consecutive groups;
+`tpgptq-index.safetensors` says where each of them came from.
+
+{files}
+
+It is for engines that read `g_idx`: the other layers keep theirs. Where `config.json` has a rule
+under `dynamic`, it tells vLLM up to 0.29 and SGLang that the layer that reads the MLP has plain
+groups. vLLM 0.30 and later refuse `desc_act: true`; edited to false, they would drop every `g_idx`
+and answer nonsense. A LoRA adapter of the MLP, made for the source, must be permuted along with the
+channels.
 """
 
 
-def model_card(manifest: dict[str, Any], source: Path, command: str) -> str:
-    """The card's text; the source card's metadata (licence, languages, ...) is kept on top."""
-    files = manifest["files"]
-    if manifest["layout"] == "merged":
-        rows = [("all", files["merged"])]
-    else:
-        rows = [("shared", files["shared"])]
-        rows += [(f"rank {rank}", of_rank) for rank, of_rank in enumerate(files["ranks"])]
-    table = ["| | files | MB |", "|---|---|--:|"]
-    for label, of_label in rows:
-        size = sum(file["bytes"] for file in of_label.values())
-        table.append(f"| {label} | {'<br>'.join(of_label)} | {size / 1e6:.1f} |")
-    text = CARD.format(
+def model_card(
+    manifest: Mapping[str, Any],
+    config: Mapping[str, Any],
+    source: Path,
+    command: str,
+    repository: str | None = None,
+    branch: str | None = None,
+) -> str:
+    """The card's text, for a directory or for a branch of a repository on the Hub.
+
+    `config` is the output's config.json. The metadata of the source's card (licence, languages,
+    ...) is kept.
+    """
+    table = _table(
+        ("rank", "file", "bytes"),
+        (
+            ("all" if rank is None else rank, name, f"{info['bytes']:,}")
+            for rank, files in weight_files(manifest)
+            for name, info in files.items()
+        ),
+    )
+    revision = f" --revision {branch}" if branch else ""
+    fetch = f" (first `hf download {repository}{revision} --local-dir .`)" if repository else ""
+    text = (FOLDED_CARD if manifest["layout"] == "gptq" else CARD).format(
+        title=_title(manifest),
         name=manifest["source"]["name"],
+        source=_source(manifest),
         bits=manifest["bits"],
         tp=manifest["tp"],
         tool=manifest["tool"],
         command=command,
-        files="\n".join(table),
+        files=table,
+        vllm=_vllm(manifest, config, f"{repository}{revision}" if repository else "."),
+        fetch=fetch,
     )
-    return _front_matter(source / "README.md") + text
+    return _with_data(card_data(source), manifest, text)
 
 
-def _front_matter(readme: Path) -> str:
-    """The YAML block on top of a model card, with its fences, or nothing."""
-    if not readme.is_file():
-        return ""
-    text = readme.read_text(encoding="utf-8", errors="replace")
-    head, fence, _ = text.removeprefix("---\n").partition("\n---\n")
-    return f"---\n{head}\n---\n\n" if text.startswith("---\n") and fence else ""
+def degrees_card(
+    manifests: Mapping[str, Mapping[str, Any]], directories: Mapping[str, Path], repository: str
+) -> str:
+    """The card of a repository's main branch, whose other branches each hold one degree.
+
+    `manifests` and `directories` are by branch; it takes the metadata of the first one's card.
+    """
+    branch, *_ = manifests
+    first = manifests[branch]
+    text = DEGREES.format(
+        title=_title(first),
+        source=_source(first),
+        bits=first["bits"],
+        tool=first["tool"],
+        table=_table(
+            ("branch", "tensor-parallel degree", "bytes"),
+            (
+                (
+                    f"[{name}]({HUB}/{repository}/tree/{name})",
+                    manifest["tp"],
+                    f"{_size(manifest):,}",
+                )
+                for name, manifest in manifests.items()
+            ),
+        ),
+        vllm=_vllm(
+            manifests[branch],
+            read_json(directories[branch] / "config.json"),
+            f"{repository} --revision {branch}",
+        ),
+    )
+    return _with_data(card_data(directories[branch]), first, text)
+
+
+def card_data(directory: Path) -> dict[str, Any]:
+    """The metadata of the model card in a directory; empty if it has none that can be read."""
+    card = directory / "README.md"
+    try:
+        data = metadata_load(card) if card.is_file() else None
+        card_data = ModelCardData(**data or {}, ignore_metadata_errors=True)
+        return dict(card_data.to_dict())  # type: ignore[no-untyped-call]
+    except (OSError, TypeError, ValueError, RecursionError, yaml.YAMLError):
+        return {}
+
+
+def has_license(source: Path) -> bool:
+    """Whether a checkpoint's card or one of its files states a licence."""
+    names = (path.name.lower() for path in source.iterdir())
+    return bool(card_data(source).get("license")) or any(n.startswith(LICENSES) for n in names)
+
+
+def _with_data(data: dict[str, Any], manifest: Mapping[str, Any], text: str) -> str:
+    """A card with the source's metadata, and what must be said of the output."""
+    source, tags = manifest["source"], data.get("tags")
+    kept = [tag for tag in (tags if isinstance(tags, list) else [tags]) if isinstance(tag, str)]
+    added = ("gptq", f"{manifest['bits']}-bit", "tensor-parallel", "tpgptq-convert")
+    data["tags"] = list(dict.fromkeys([*kept, *added]))
+    if manifest["layout"] != "gptq":
+        data["library_name"] = "tpgptq-convert"  # Transformers alone can't load it
+    data.setdefault("pipeline_tag", "text-generation")
+    if source["revision"]:
+        data.setdefault("base_model", source["name"])
+    if "base_model" in data:
+        data["base_model_relation"] = "quantized"
+    head = ModelCardData(**data, ignore_metadata_errors=True).to_yaml()
+    return f"---\n{head}\n---\n{text}"
+
+
+def _vllm(manifest: Mapping[str, Any], config: Mapping[str, Any], where: str) -> str:
+    """How vLLM serves it, or why it doesn't."""
+    if problems := [*refusals(manifest), *limits(config, manifest["tp"])]:
+        return NOT_SERVED.format(problems="; ".join(problems))
+    return SERVED.format(where=where, tp=manifest["tp"])
+
+
+def _title(manifest: Mapping[str, Any]) -> str:
+    return str(manifest["source"]["name"]).rpartition("/")[2]
+
+
+def _source(manifest: Mapping[str, Any]) -> str:
+    source = manifest["source"]
+    name, commit = source["name"], source["revision"]
+    return f"[`{name}` at `{commit}`]({HUB}/{name}/tree/{commit})" if commit else f"`{name}`"
+
+
+def _size(manifest: Mapping[str, Any]) -> int:
+    return sum(info["bytes"] for _, files in weight_files(manifest) for info in files.values())
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A table whose last column is of figures."""
+    lines = [head, ["---"] * (len(head) - 1) + ["--:"], *rows]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)

@@ -5,6 +5,7 @@ Reads headers, g_idx and biases; never qweight or scales, and never torch.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,35 +15,105 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tpgptq_convert.config import Geometry, QuantConfig, read_config, read_quant_config
+from tpgptq_convert.compressed import COMPRESSED
+from tpgptq_convert.config import (
+    Geometry,
+    QuantConfig,
+    layer_tensors,
+    pack_factor,
+    read_config,
+    read_quant_config,
+    words_of,
+)
 from tpgptq_convert.errors import CheckpointError, TpgptqError
 from tpgptq_convert.families import Axis, Family, Linear, family_of
-from tpgptq_convert.source import FLOATS, Source, TensorSpec
+from tpgptq_convert.source import FLOATS, Allocate, Source, TensorSpec, pageable
 
 IntArray = NDArray[np.int32]
+STRIPE = 256  # rows that are transposed at a time
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a source has the tensors of a layer, beside how GPTQ has them."""
+
+    names: Mapping[str, str]  # the last parts of their names, by GPTQ's
+    transposed: bool = False  # all but g_idx; the words themselves are the same
+    act_order: str = "desc_act: true"  # how its config says that there is a g_idx
+
+    def shape(self, rows: int, columns: int) -> tuple[int, int]:
+        """The shape in which a matrix of the GPTQ shape (rows, columns) is stored."""
+        return (columns, rows) if self.transposed else (rows, columns)
+
+
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
+FORMS = {
+    "gptq": Form({part: part for part in PARTS}),
+    COMPRESSED: Form(
+        {
+            **{"qweight": "weight_packed", "qzeros": "weight_zero_point"},
+            **{"scales": "weight_scale", "g_idx": "weight_g_idx"},
+        },
+        transposed=True,
+        act_order="actorder: group",
+    ),
+}
 
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """One quantised linear layer of the source."""
+    """One linear layer of the source, quantised or, in one group of all rows, not."""
 
     name: str  # model.layers.0.mlp.down_proj
+    kind: str  # layers of one kind have shards of one size; the name in the table, or more
     linear: Linear  # its row of the table
     in_features: int  # K
     out_features: int  # N
+    quant: QuantConfig | None  # None: it isn't quantised
     group_size: int  # rows per full group; K where a column is one group
+    groups: int  # G
     g_idx: IntArray  # (K,) the group of each row
-    scales: TensorSpec  # (G, N)
+    dtype: str  # of its scales, or of its weight where it isn't quantised
     bias: TensorSpec | None  # (N,); None where it has none, or one that is all zero
 
     @property
-    def groups(self) -> int:
-        return self.scales.shape[0]
+    def bits(self) -> int | None:
+        return self.quant.bits if self.quant else None
+
+    @property
+    def pack_factor(self) -> int:
+        """What the number of its rows is a multiple of."""
+        return pack_factor(self.bits)
+
+    @property
+    def column_bias(self) -> TensorSpec | None:
+        """The bias that is cut with the columns, and not added once after the sum."""
+        return self.bias if self.linear.parallel == "column" else None
+
+    def tensors(self, k: int, n: int, groups: int) -> dict[str, TensorSpec]:
+        """What is stored of such a layer of other sizes, but for perm and bias."""
+        return layer_tensors(self.bits, k, n, groups, self.dtype)
+
+    @property
+    def nbytes(self) -> int:
+        """Of its weights in the source, as progress counts them."""
+        specs = self.tensors(self.in_features, self.out_features, self.groups)
+        return sum(spec.nbytes for part, spec in specs.items() if part != "qzeros")
 
     @cached_property
     def act_order(self) -> bool:
         """Whether the rows' groups are anything but consecutive."""
-        return not np.array_equal(self.g_idx, np.arange(self.in_features) // self.group_size)
+        return not np.array_equal(self.g_idx, consecutive_groups(self.in_features, self.group_size))
+
+    @cached_property
+    def scattered(self) -> bool:
+        """Whether the rows' groups don't ascend."""
+        return bool((np.diff(self.g_idx) < 0).any())
+
+    @cached_property
+    def padded_rows(self) -> int:
+        """Rows where every group is filled up to a whole one, or to several."""
+        return int((-(-np.bincount(self.g_idx) // self.group_size) * self.group_size).sum())
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +125,7 @@ class Checkpoint:
     quant: QuantConfig
     family: Family
     geometry: Geometry
-    blocks: tuple[tuple[Layer, ...], ...]
+    blocks: tuple[tuple[Layer, ...], ...]  # the last may be the head alone
     shared: tuple[str, ...]  # tensors that no rank owns alone, copied as they are
     damage: tuple[str, ...]  # faults that the conversion mends, and other readers fall for
     notes: tuple[str, ...]  # what a person should know
@@ -68,55 +139,108 @@ class Checkpoint:
         """Dtype and shape of each shared tensor."""
         return {name: spec for name in self.shared if (spec := self.source.spec(name))}
 
+    @cached_property
+    def widths(self) -> Mapping[str, int]:
+        """Channels of each axis, by its name in the table."""
+        heads = (layer for layer in self.layers if Axis.VOCAB in layer.linear.writes)
+        vocab = sum(layer.out_features for layer in heads)
+        return widths_of(self.geometry) | {Axis.VOCAB.name: vocab}
+
     @property
-    def widths(self) -> Mapping[Axis, int]:
-        """Channels of each axis."""
-        return widths_of(self.geometry)
+    def mlps(self) -> Mapping[str, int]:
+        """Channels of the free axes that there are, by name."""
+        names = (layers[0].linear.reads.name for layers in self.kinds.values())
+        return {name: self.geometry.mlps[name] for name in names if name in self.geometry.mlps}
+
+    @property
+    def most_ranks(self) -> int:
+        """The largest degree at which a rank still has a head, or a group of rows."""
+        first = (layers[0] for layers in self.kinds.values())
+        groups = (layer.groups for layer in first if layer.linear.parallel == "row")
+        return max(self.geometry.heads, *groups)
 
     @property
     def name(self) -> str:
-        """The directory's name: no path of the machine stands in an output."""
-        return self.source.directory.resolve().name
+        """What an output says that it was made from."""
+        return self.source.name
 
-    def source_bytes(self, layer: Layer) -> int:
-        """Bytes of a layer's weights, as progress counts them."""
-        qweight = self.source.spec(f"{layer.name}.qweight")
-        return layer.scales.nbytes + (qweight.nbytes if qweight else 0)
+    @property
+    def form(self) -> Form:
+        return FORMS[self.quant.method]
 
-    def layers_of(self, linear: Linear) -> list[Layer]:
-        """The layers of one kind, block after block."""
-        at = self.family.linears.index(linear)
-        return [block[at] for block in self.blocks]
+    def part(self, layer: Layer, part: str, allocate: Allocate = pageable) -> NDArray[Any]:
+        """A quantised layer's qweight, qzeros or scales as GPTQ has it, memory from `allocate`."""
+        name, quant = f"{layer.name}.{self.form.names[part]}", layer.quant or self.quant
+        if not self.form.transposed:
+            return self.source.array(name, allocate)
+        if part == "qzeros" and quant.sym:  # not stored
+            words = words_of(
+                quant.stored_neutral, quant.bits, layer.out_features * quant.bits // 32
+            )
+            return np.tile(words, (layer.groups, 1)).view(np.int32)
+        stored = self.source.array(name)
+        turned = allocate(stored.nbytes).view(stored.dtype).reshape(stored.T.shape)
+        for begin in range(0, len(stored), STRIPE):  # five times as fast as all at once
+            turned[:, begin : begin + STRIPE] = stored[begin : begin + STRIPE].T
+        return turned
+
+    @property
+    def mlp_readers(self) -> list[Layer]:
+        """Each block's down_proj, by whatever name."""
+        return [layer for layer in self.layers if layer.linear.reads.free]
+
+    @cached_property
+    def kinds(self) -> Mapping[str, Sequence[Layer]]:
+        """The layers of each kind, block after block."""
+        kinds: dict[str, list[Layer]] = {}
+        for layer in self.layers:
+            kinds.setdefault(layer.kind, []).append(layer)
+        return kinds
 
 
-def widths_of(geometry: Geometry) -> dict[Axis, int]:
-    """Channels of each axis of a model."""
+def consecutive_groups(rows: int, group_size: int) -> IntArray:
+    """The g_idx (K,) of rows that lie in the order of their groups."""
+    return (np.arange(rows) // group_size).astype(np.int32)
+
+
+def widths_of(geometry: Geometry) -> dict[str, int]:
+    """Channels of each axis of a model, by its name in the table."""
     return {
-        Axis.HIDDEN: geometry.hidden,
-        Axis.QUERY: geometry.heads * geometry.head_dim,
-        Axis.KV: geometry.kv_heads * geometry.head_dim,
-        Axis.MLP: geometry.intermediate,
+        Axis.HIDDEN.name: geometry.hidden,
+        **{name: size * geometry.heads_of(name) for name, size in geometry.sizes.items()},
+        **geometry.mlps,
     }
 
 
-def read_checkpoint(directory: Path) -> Checkpoint:
-    """Read the checkpoint in `directory`; raises one error that lists every fault found."""
-    source = Source(directory)
+def read_checkpoint(model: Path, revision: str | None = None) -> Checkpoint:
+    """Read the checkpoint in a directory, or on the Hub at a revision.
+
+    Raises one error that lists every fault found.
+    """
+    source = Source(model, revision)
+    directory = source.directory
     config = read_config(directory)
     quant, family = _all(lambda: read_quant_config(directory, config), lambda: family_of(config))
     geometry = family.geometry(config)
-    if geometry.blocks > max(100, len(source.names)):  # don't list what a million blocks lack
+    parts = geometry.blocks * max(1, geometry.experts)
+    if parts > max(100, len(source.names)):  # don't list what a million blocks lack
         raise CheckpointError(
-            f"config.json: num_hidden_layers is {geometry.blocks}; the files hold only "
-            f"{len(source.names)} tensors",
+            f"config.json: num_hidden_layers is {geometry.blocks}"
+            f"{f', with {geometry.experts} experts each' if geometry.experts else ''}; the files "
+            f"hold only {len(source.names)} tensors",
             hint="correct config.json, or fetch the files that are missing",
         )
-    reader = _LayerReader(source, quant, family, geometry, family.biased(config))
+    source.read_ahead(("g_idx", ".weight_shape", ".bias"))
+    reader = _LayerReader(source, quant, family, geometry, config)
     blocks = [
-        [reader.layer(block, linear) for linear in family.linears]
+        [
+            reader.layer(linear, f"{family.block(block)}.{linear.name}")
+            for linear in family.linears_of(config, geometry, block)
+        ]
         for block in range(geometry.blocks)
     ]
-    shared = reader.shared_tensors(tied=family.tied(config))
+    blocks += [[reader.head()]] if reader.has_head else []
+    shared = reader.shared_tensors()
     if reader.problems:
         raise CheckpointError(*reader.problems, hint=reader.hint)
     layers = tuple(tuple(layer for layer in block if layer) for block in blocks)
@@ -130,7 +254,7 @@ def read_checkpoint(directory: Path) -> Checkpoint:
         blocks=layers,
         shared=shared,
         damage=_damage(quant, ordered),
-        notes=_notes(quant, ordered, reader.zero_biases),
+        notes=_notes(quant, ordered, reader.zero_biases, reader.uneven),
     )
 
 
@@ -161,15 +285,27 @@ def _damage(quant: QuantConfig, ordered: Sequence[bool]) -> tuple[str, ...]:
     )
 
 
-def _notes(quant: QuantConfig, ordered: Sequence[bool], zero_biases: int) -> tuple[str, ...]:
+def _notes(
+    quant: QuantConfig, ordered: Sequence[bool], zero_biases: int, uneven: int
+) -> tuple[str, ...]:
     notes = []
     if not any(ordered) and quant.desc_act:
         notes.append(
-            "the config says desc_act: true, but every g_idx is sequential: the groups are plain "
-            "already"
+            f"the config says {FORMS[quant.method].act_order}, but every g_idx is sequential: the "
+            "groups are plain already"
+        )
+    if quant.method == COMPRESSED and not quant.desc_act:
+        notes.append(
+            "actorder is not group: the groups are plain already, and servers that read "
+            "compressed-tensors take this checkpoint as it is, where a rank has whole groups"
         )
     if zero_biases:
         notes.append(f"{zero_biases} all-zero biases, where this model has none, are left out")
+    if uneven:
+        notes.append(
+            f"{uneven} of {len(ordered)} layers have a g_idx with more rows in one group than in "
+            "another, as no quantiser writes it: if it is damaged, the model is"
+        )
     return tuple(notes)
 
 
@@ -182,54 +318,105 @@ class _LayerReader:
         quant: QuantConfig,
         family: Family,
         geometry: Geometry,
-        biased: frozenset[str],
+        config: Mapping[str, Any],
     ) -> None:
-        self.source, self.quant, self.family, self.biased = source, quant, family, biased
-        self.geometry = geometry
+        self.source, self.quant, self.family, self.config = source, quant, family, config
+        self.geometry, self.biased = geometry, family.biased(config)
+        self.form = FORMS[quant.method]
         self.widths = widths_of(geometry)
         self.known: set[str] = set()
         self.row_biases: list[str] = []
-        self.zero_biases = 0
+        self.zero_biases = self.uneven = 0
         self.problems: list[str] = []
         self.hint = "run `tpgptq inspect` on the checkpoint; fetch it again if files are damaged"
 
-    def layer(self, block: int, linear: Linear) -> Layer | None:
+    def layer(self, linear: Linear, name: str) -> Layer | None:
         """One layer, or None where it has a fault."""
-        name = f"{self.family.block(block)}.{linear.name}"
         faults = len(self.problems)
-        k, n = self.widths[linear.reads], linear.width(self.widths)
-        if self._spec(f"{name}.qweight") is None and self._spec(f"{name}.weight"):
-            self.known.add(f"{name}.weight")
-            self.problems.append(
-                f"{name}.weight: is not quantised; every linear layer of a block must be"
-            )
-            return None
-        pack = self.quant.pack_factor
-        group_size = k if self.quant.group_size == -1 else min(self.quant.group_size, k)
+        k, n = self.widths[linear.reads.name], linear.width(self.widths)
+        names = {part: f"{name}.{own}" for part, own in self.form.names.items()}
+        dense = self._spec(names["qweight"]) is None and self._spec(f"{name}.weight") is not None
+        if dense and self.family.transposed:
+            self.problems.append(f"{name}.weight: is not quantised; must be, in such a model")
+        quant = None if dense else self.quant.of(name)
+        bits = quant.bits if quant else None
+        group_size = min(quant.group_size, k) if quant and quant.group_size != -1 else k
         groups = -(-k // group_size)
-        for axis, size in (("in_features", k), ("out_features", n)):
+        pack = pack_factor(bits)
+        for axis, size in (("in_features", k), ("out_features", n if quant else pack)):
             if size % pack:
                 self.problems.append(f"{name}: {axis} is {size}; must be a multiple of {pack}")
-        self._check(f"{name}.qweight", ("I32",), (k // pack, n))
-        self._check(f"{name}.qzeros", ("I32",), (groups, n // pack))
-        scales = self._check(f"{name}.scales", FLOATS, (groups, n))
-        g_idx = self._g_idx(f"{name}.g_idx", k, groups, group_size)
+        floats = None
+        for part, spec in layer_tensors(bits, k, n, groups, FLOATS[0]).items():
+            own, shape = f"{name}.weight", spec.shape
+            if quant:
+                own, shape = names[part], self.form.shape(*shape)
+            if spec.dtype in FLOATS:
+                floats = self._check(own, FLOATS, shape)
+            elif part != "qzeros" or not (self.form.transposed and self.quant.sym):
+                self._check(own, (spec.dtype,), shape)
+        sound = len(self.problems) == faults  # of a size that the file has
+        g_idx: IntArray | None = np.zeros(k if sound else 0, np.int32)
+        if quant:
+            g_idx = self._g_idx(names["g_idx"], k, groups, quant, sound)
+            if quant.method == COMPRESSED:
+                self._compressed(name, (n, k), g_idx, group_size)
         bias = self._bias(name, linear, n)
-        if len(self.problems) > faults or scales is None or g_idx is None:
+        if len(self.problems) > faults or floats is None or g_idx is None:
             return None
-        return Layer(name, linear, k, n, group_size, g_idx, scales, bias)
+        even = np.bincount(consecutive_groups(k, group_size), minlength=groups)
+        self.uneven += not np.array_equal(np.bincount(g_idx, minlength=groups), even)
+        kind, sizes = f"{linear.kind}{self._otherwise(quant)}", (group_size, groups)
+        return Layer(name, kind, linear, k, n, quant, *sizes, g_idx, floats.dtype, bias)
 
-    def shared_tensors(self, tied: bool) -> tuple[str, ...]:
-        """The tensors outside the quantised layers; every other one is a fault."""
+    def _otherwise(self, quant: QuantConfig | None) -> str:
+        """How a layer is quantised, where that is not as the config says of all."""
+        if quant is None:
+            return " (not quantised)"
+        if (quant.bits, quant.group_size) == (self.quant.bits, self.quant.group_size):
+            return ""
+        size = "one group" if quant.group_size == -1 else f"groups of {quant.group_size}"
+        return f" ({quant.bits} bits, {size})"
+
+    @property
+    def has_head(self) -> bool:
+        """Whether the head is quantised."""
+        name = f"{self.family.head_linear.name}.{self.form.names['qweight']}"
+        return self.source.spec(name) is not None
+
+    def head(self) -> Layer | None:
+        """The head, where it is quantised."""
+        linear = self.family.head_linear
+        scales = self.source.spec(f"{linear.name}.{self.form.names['scales']}")
+        shape = self.form.shape(*scales.shape) if scales and len(scales.shape) == 2 else (0,)
+        self.widths[Axis.VOCAB.name] = shape[-1]
+        if self.family.tied(self.config):
+            self.problems.append(
+                f"{linear.name}: is quantised; must not be, since config.json says that it is the "
+                "embeddings as well (tie_word_embeddings)"
+            )
+        return self.layer(linear, linear.name)
+
+    def shared_tensors(self) -> tuple[str, ...]:
+        """The tensors outside the linear layers; every other one is a fault."""
         shared = list(self.row_biases)
-        blocks = [self.family.block(i) for i in range(self.geometry.blocks)]
+        tied = self.family.tied(self.config)
+        blocks = dict.fromkeys(map(self.family.block, range(self.geometry.blocks)))
         needed = {
             f"{block}.{tensor}": shape
-            for block in blocks
-            for tensor, shape in self.family.block_tensors.items()
+            for index, block in enumerate(blocks)
+            for tensor, shape in self.family.block_tensors_of(self.config, index).items()
         } | dict(self.family.tensors)
-        sizes = {"hidden": self.geometry.hidden, "head_dim": self.geometry.head_dim}
+        sizes = {
+            **{name: self.widths[name] for name in (Axis.HIDDEN.name, *self.geometry.sizes)},
+            "head_dim": self.geometry.head_dim,
+            "experts": self.geometry.experts,
+            "one": 1,
+        }
+        head = self.family.head_linear.name
         for name, shape in needed.items():
+            if self.has_head and name in (f"{head}.weight", f"{head}.bias"):
+                continue
             if tied and name == self.family.head and self._spec(name) is None:
                 continue
             # The vocabulary may be padded in the file: it is what the tensor says.
@@ -245,10 +432,18 @@ class _LayerReader:
             )
             if self._spec(name) is not None
         ]
+        unknown = [name for name in self.source.names if name not in self.known]
+        block_of = {name: self.family.block_of(name) for name in unknown}
+        beyond = {name: block for name, block in block_of.items() if block and block not in blocks}
+        self.problems += [
+            f"{block}: unknown (tensors: {count}); must be one of the {len(blocks)} blocks that "
+            "config.json counts, since none that predicts further tokens is supported"
+            for block, count in Counter(beyond.values()).items()
+        ]
         self.problems += [
             f"{name}: unknown; every tensor must belong to the model that config.json describes"
-            for name in self.source.names
-            if name not in self.known
+            for name in unknown
+            if name not in beyond
         ]
         return tuple(sorted(shared))
 
@@ -273,37 +468,65 @@ class _LayerReader:
             return spec
         return None
 
-    def _g_idx(self, name: str, k: int, groups: int, group_size: int) -> IntArray | None:
+    def _g_idx(
+        self, name: str, k: int, groups: int, quant: QuantConfig, sound: bool
+    ) -> IntArray | None:
         """The group of each row (K,); all zero or missing means consecutive groups."""
-        consecutive = (np.arange(k) // group_size).astype(np.int32)
+        size = k if groups == 1 else quant.group_size
+        consecutive = consecutive_groups(k, size) if sound else None
+        compressed = quant.method == COMPRESSED
+        if compressed and not quant.desc_act:  # one that is there is an unknown tensor
+            return consecutive
         if self._spec(name) is None:
-            if self.quant.desc_act and not self.quant.static_groups and groups > 1:
+            if quant.desc_act and not quant.static_groups and groups > 1:
                 self.problems.append(
-                    f"{name}: missing, though the config says desc_act: true; must be "
-                    f"{_wanted(('I32',), (k,))}, or desc_act false if the rows are in order"
+                    f"{name}: missing, though the config says {self.form.act_order}; must be "
+                    f"{_wanted(('I32',), (k,))}, or the config say no such thing"
                 )
             return consecutive
         if self._check(name, ("I32", "I64"), (k,)) is None:
             return None
         g_idx = self.source.array(name)
         low, high = int(g_idx.min()), int(g_idx.max())
+        if compressed and low == -1:  # was never set
+            return consecutive
         if low < 0 or high >= groups:
             self.problems.append(
                 f"{name}: has values from {low} to {high}; must be 0 to {groups - 1} "
                 f"(scales has {groups} groups)"
             )
             return None
-        return g_idx.astype(np.int32) if high else consecutive
+        return g_idx.astype(np.int32) if high or compressed else consecutive
+
+    def _compressed(
+        self, name: str, shape: tuple[int, int], g_idx: IntArray | None, group_size: int
+    ) -> None:
+        """What compressed-tensors says of a layer beside GPTQ: its shape (N, K), and full groups.
+
+        Its own code sorts the rows and cuts them into groups of one size, where all others go by
+        g_idx: they agree where every group is full.
+        """
+        spec = self._check(f"{name}.weight_shape", ("I64", "I32"), (2,))
+        if spec and (stated := tuple(self.source.array(f"{name}.weight_shape"))) != shape:
+            self.problems.append(
+                f"{name}.weight_shape: says {list(map(int, stated))}; must be {list(shape)}"
+            )
+        if g_idx is not None and (np.bincount(g_idx) != group_size).any():
+            self.problems.append(
+                f"{name}: has groups of other than {group_size} rows; must not, since "
+                "compressed-tensors counts rows by their place, and others by weight_g_idx"
+            )
 
     def _bias(self, name: str, linear: Linear, n: int) -> TensorSpec | None:
         """The bias's spec where the model has one; AutoGPTQ's all-zero ones are passed over."""
         bias = f"{name}.bias"
-        if linear.name not in self.biased and self._spec(bias) is None:
+        biased = linear.kind in self.biased or bias in self.family.tensors
+        if not biased and self._spec(bias) is None:
             return None
         spec = self._check(bias, FLOATS, (n,))
         if spec is None:
             return None
-        if linear.name in self.biased:
+        if biased:
             if linear.parallel == "row":
                 self.row_biases.append(bias)
             return spec

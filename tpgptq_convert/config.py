@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import re2
+from numpy.typing import NDArray
+
+from tpgptq_convert.compressed import COMPRESSED, in_gptq_terms
 from tpgptq_convert.errors import CheckpointError, SourceError, UnsupportedError
-from tpgptq_convert.source import read_json
+from tpgptq_convert.source import TensorSpec, read_json
 
 QUANT_FILES = ("quantize_config.json", "quant_config.json")
 # The names that AutoGPTQ, GPTQModel and Transformers have given to one thing, newest last.
@@ -19,10 +27,16 @@ SYNONYMS = {
     "static_groups": ("static_groups",),
     "checkpoint_format": ("format", "checkpoint_format"),
     "quant_method": ("method", "quant_method"),
+    "dynamic": ("dynamic",),
 }
-TYPES = {"bits": int, "group_size": int, "sym": bool, "desc_act": bool, "static_groups": bool}
+TYPES = {
+    **{"bits": int, "group_size": int, "sym": bool, "desc_act": bool, "static_groups": bool},
+    "dynamic": dict,
+}
+OF_A_MODULE = ("bits", "group_size", "sym", "desc_act")  # what a rule may change
 FORMATS = ("gptq", "gptq_v2")
-BITS = (2, 4, 8)  # those that fill a word
+BITS = (2, 3, 4, 8)
+LONGEST_RULE = 1000  # characters of a pattern
 
 
 def zero_offset(checkpoint_format: str) -> int:
@@ -30,9 +44,44 @@ def zero_offset(checkpoint_format: str) -> int:
     return 1 if checkpoint_format == "gptq" else 0
 
 
-def word_of(value: int, bits: int) -> int:
-    """The word, as unsigned, whose every field holds a value."""
-    return sum(value << shift for shift in range(0, 32, bits))
+def pack_factor(bits: int | None) -> int:
+    """The fewest values that fill whole words: 32 of 3 bits fill three, two floats (None) one.
+
+    A value's bits follow those of the one before it, from one word into the next.
+    """
+    return 32 // math.gcd(32, bits or 16)
+
+
+def words_of(value: int, bits: int, count: int) -> NDArray[np.uint32]:
+    """So many words whose every field holds a value."""
+    octets = np.full((count * 32 // bits, 1), value, np.uint8)
+    fields = np.unpackbits(octets, axis=1, count=bits, bitorder="little")
+    return np.packbits(fields, bitorder="little").view(np.uint32)
+
+
+def fields_of(words: NDArray[Any], bits: int) -> NDArray[np.uint8]:
+    """(G, N*bits/32) int32 -> (G, N): the values that are packed along the columns."""
+    octets = np.ascontiguousarray(words).view(np.uint8)
+    shape = len(words), words.shape[1] * 32 // bits, bits
+    fields = np.unpackbits(octets, axis=1, bitorder="little").reshape(shape)
+    return np.packbits(fields, axis=2, bitorder="little")[:, :, 0]
+
+
+def layer_tensors(
+    bits: int | None, k: int, n: int, groups: int, dtype: str
+) -> dict[str, TensorSpec]:
+    """The tensors of a layer (K, N), by the last part of their names; their floats are of `dtype`.
+
+    qweight is packed along its rows, qzeros along its columns. bits is None where the layer isn't
+    quantised.
+    """
+    if bits is None:
+        return {"weight": TensorSpec(dtype, (n, k))}
+    return {
+        "qweight": TensorSpec("I32", (k * bits // 32, n)),
+        "qzeros": TensorSpec("I32", (groups, n * bits // 32)),
+        "scales": TensorSpec(dtype, (groups, n)),
+    }
 
 
 @dataclass(frozen=True)
@@ -45,12 +94,25 @@ class QuantConfig:
     desc_act: bool
     static_groups: bool
     checkpoint_format: str
+    method: str = "gptq"  # or compressed-tensors: how the source's tensors are called, and lie
     denied_in: tuple[str, ...] = ()  # the files that say desc_act: false
+    # GPTQModel's `dynamic`: a pattern of modules' names, and what is other than above in those.
+    rules: tuple[tuple[str, tuple[tuple[str, Any], ...]], ...] = ()
+
+    def of(self, module: str) -> QuantConfig:
+        """With the first rule that a module's name begins with; "-:" changes nothing.
+
+        That says that the module isn't quantised, which its tensors say as well.
+        """
+        for pattern, values in self.rules:
+            if _regex(pattern).match(module):
+                return replace(self, rules=(), **dict(values))
+        return replace(self, rules=())
 
     @property
     def pack_factor(self) -> int:
-        """Values per int32 word."""
-        return 32 // self.bits
+        """What packed sizes are multiples of."""
+        return pack_factor(self.bits)
 
     @property
     def neutral(self) -> int:
@@ -72,6 +134,8 @@ def read_quant_config(directory: Path, config: dict[str, Any]) -> QuantConfig:
     inner = config.get("quantization_config")
     if isinstance(inner, dict):
         found["config.json"] = inner
+        if inner.get("quant_method") == COMPRESSED:
+            found["config.json"] = in_gptq_terms(str(directory / "config.json"), inner)
     if not found:
         raise CheckpointError(
             f"{directory}: no quantisation config; must be in quantize_config.json or under "
@@ -105,7 +169,36 @@ def read_quant_config(directory: Path, config: dict[str, Any]) -> QuantConfig:
         desc_act=merged.get("desc_act", False),
         static_groups=merged.get("static_groups", False),
         checkpoint_format=merged.get("checkpoint_format", "gptq"),
+        method=merged.get("quant_method", "gptq"),
         denied_in=tuple(file for file, values in stated.items() if values.get("desc_act") is False),
+        rules=_rules(merged.get("dynamic", {})),
+    )
+
+
+@cache
+def _regex(pattern: str) -> Any:
+    """Of a rule's pattern, without what says whether such modules are quantised; ValueError.
+
+    RE2's, since a checkpoint's own could keep Python's busy for ever.
+    """
+    if len(pattern) > LONGEST_RULE:
+        raise ValueError(f"longer than {LONGEST_RULE} characters")
+    options = re2.Options()
+    options.log_errors = False
+    try:
+        return re2.compile(pattern.removeprefix("+:").removeprefix("-:"), options=options)
+    except re2.error as error:
+        raise ValueError(error.args[0].decode(errors="replace")) from None
+
+
+def _rules(dynamic: Mapping[str, Any]) -> tuple[tuple[str, tuple[tuple[str, Any], ...]], ...]:
+    """See `QuantConfig.rules`; what is stated was checked."""
+    return tuple(
+        (pattern, tuple((key, value) for key, value in rule.items() if key in OF_A_MODULE))
+        for pattern, rule in (
+            (pattern, {} if pattern.startswith("-:") else _normalised("dynamic", stated))
+            for pattern, stated in dynamic.items()
+        )
     )
 
 
@@ -128,41 +221,59 @@ def _normalised(file: str, raw: dict[str, Any]) -> dict[str, Any]:
 def _refuse_other_methods(
     directory: Path, found: dict[str, dict[str, Any]], stated: dict[str, dict[str, Any]]
 ) -> None:
-    """Refuse what is not int32-packed GPTQ of the same bits throughout, by name."""
+    """Refuse what is not int32-packed GPTQ throughout, by name."""
     problems = []
     for file, values in stated.items():
-        raw = found[file]
         where = directory / file
-        method = values.get("quant_method", "gptq")
-        layout = values.get("checkpoint_format", "gptq")
-        if raw.get("is_marlin_format"):
-            layout = "marlin"
-        if method == "tpgptq":
+        if values.get("quant_method") == "tpgptq":
             raise UnsupportedError(
                 f"{where}: quant_method is 'tpgptq'; this checkpoint is already converted",
                 hint="convert the GPTQ checkpoint that it was made from (tpgptq.json names it)",
             )
-        if method != "gptq":
-            problems.append(f"{where}: quant_method is {method!r}; must be 'gptq'")
-        elif layout not in FORMATS:
-            problems.append(
-                f"{where}: checkpoint_format is {layout!r}; must be {' or '.join(FORMATS)}"
-            )
-        if values.get("bits", 4) not in BITS:
-            problems.append(f"{where}: bits is {values['bits']}; must be one of {BITS}")
-        size = values.get("group_size", 128)
-        if size != -1 and (size <= 0 or size % 8):
-            problems.append(f"{where}: group_size is {size}; must be -1 or a multiple of 8")
-        if raw.get("dynamic"):
-            problems.append(f"{where}: has per-module rules (dynamic); must have none")
-        if raw.get("lm_head"):
-            problems.append(f"{where}: lm_head is quantised; must not be")
-        if raw.get("pack_dtype", "int32") not in ("int32", "torch.int32"):
-            problems.append(f"{where}: pack_dtype is {raw['pack_dtype']!r}; must be int32")
+        problems += [f"{where}: {problem}" for problem in _other_methods(found[file], values)]
+        for pattern, rule in values.get("dynamic", {}).items():
+            problems += [
+                f"{where}: dynamic: {pattern!r:.80}: {problem}"
+                for problem in _wrong_rule(file, pattern, rule)
+            ]
     if problems:
         raise UnsupportedError(
             *problems, hint="a GPTQ checkpoint of the same model is needed, its words int32"
         )
+
+
+def _other_methods(raw: Mapping[str, Any], values: Mapping[str, Any]) -> Iterator[str]:
+    """What in a file, or in a module's rule, is not int32-packed GPTQ."""
+    method = values.get("quant_method", "gptq")
+    layout = values.get("checkpoint_format", "gptq")
+    if raw.get("is_marlin_format"):
+        layout = "marlin"
+    if method not in ("gptq", COMPRESSED):
+        yield f"quant_method is {method!r}; must be 'gptq' or {COMPRESSED!r}"
+    elif layout not in FORMATS:
+        yield f"checkpoint_format is {layout!r}; must be {' or '.join(FORMATS)}"
+    if values.get("bits", 4) not in BITS:
+        yield f"bits is {values['bits']}; must be one of {BITS}"
+    size = values.get("group_size", 128)
+    if size != -1 and (size <= 0 or size % 8):
+        yield f"group_size is {size}; must be -1 or a multiple of 8"
+    if raw.get("pack_dtype", "int32") not in ("int32", "torch.int32"):
+        yield f"pack_dtype is {raw['pack_dtype']!r}; must be int32"
+
+
+def _wrong_rule(file: str, pattern: str, rule: Any) -> Iterator[str]:
+    """What makes one of the rules of `dynamic` none that can be followed."""
+    try:
+        _regex(pattern)
+    except ValueError as error:
+        yield f"not a regular expression of RE2's kind ({error!s:.80})"
+    if not isinstance(rule, dict):
+        yield f"is {rule!r:.40}; must be an object"
+    elif not pattern.startswith("-:"):
+        yield from _other_methods(rule, _normalised(file, rule))
+        for key in ("checkpoint_format", "quant_method"):
+            if any(name in rule for name in SYNONYMS[key]):
+                yield f"changes {key}; must be one for all modules"
 
 
 @dataclass(frozen=True)
@@ -174,8 +285,22 @@ class Geometry:
     heads: int
     kv_heads: int
     head_dim: int
-    intermediate: int
+    sizes: Mapping[str, int]  # of a head of each axis cut by heads; of a latent; by their names
+    mlps: Mapping[str, int]  # channels of each free axis, by its name in the table
+    experts: int  # of a block; 0 where there are none
     activation: str
+    heads_together: int = 1  # heads come in multiples of this, on a rank too
+
+    def heads_of(self, axis: str) -> int:
+        """How many heads an axis has; 1 where it isn't cut by heads."""
+        if axis == "kv":
+            return self.kv_heads
+        return self.heads if axis in ("query", "key", "value") else 1
+
+    @property
+    def queries_per_kv(self) -> int:
+        """Query heads that share a kv head."""
+        return self.heads // self.kv_heads
 
 
 def read_config(directory: Path) -> dict[str, Any]:

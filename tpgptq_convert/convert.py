@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import filecmp
+import hashlib
 import heapq
 import importlib.metadata
+import json
+import shlex
 import shutil
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import zip_longest
 from pathlib import Path
@@ -20,29 +24,34 @@ from safetensors.numpy import save
 
 from tpgptq_convert.card import model_card
 from tpgptq_convert.checkpoint import Checkpoint, IntArray, Layer
-from tpgptq_convert.errors import VerificationError
+from tpgptq_convert.config import QUANT_FILES
+from tpgptq_convert.errors import SourceError, VerificationError
+from tpgptq_convert.folded import gptq_config
 from tpgptq_convert.manifest import (
-    FORMAT_VERSION,
     INDEX,
     LAYOUTS,
     MANIFEST,
     RUNTIME,
     WEIGHTS_INDEX,
+    format_version,
+    intermediate_sizes,
     weights_digest,
 )
 from tpgptq_convert.plan import ROW_GROUPS, Plan, Shard, check_layout, check_zero_points, stacked
 from tpgptq_convert.processes import Processes
 from tpgptq_convert.progress import Advance, Progress, silent
-from tpgptq_convert.repack import Array, Packed, open_device, repack
+from tpgptq_convert.repack import Array, open_device, read_layer, repack
 from tpgptq_convert.source import DTYPES, TensorSpec
+from tpgptq_convert.staging import Stage, check_free, failed_path, journal_of, staging
 from tpgptq_convert.threads import cores, threads
 from tpgptq_convert.writer import (
+    Note,
     Part,
     Parts,
-    check_free,
+    Writing,
     checksum,
-    failed_path,
-    staging,
+    json_text,
+    record_verified,
     write_json,
 )
 
@@ -64,7 +73,9 @@ class Options:
     max_shard_size: int = 5_000_000_000
     device: str = "cpu"  # or cuda, cuda:N
     overwrite: bool = False
+    resume: bool = False
     verify: bool = True
+    repository: str | None = None  # on the Hub, that the output is for
 
     def command(self, plan: Plan) -> str:
         """The command line that writes one plan's output, for people to run again."""
@@ -75,7 +86,9 @@ class Options:
             words.append(f"--row-group {plan.row_group}")
         if self.max_shard_size != Options.max_shard_size:
             words.append(f"--max-shard-size {self.max_shard_size}B")
-        return " ".join([*words, plan.checkpoint.name, "OUT"])
+        if plan.checkpoint.source.revision:
+            words.append(f"--revision {plan.checkpoint.source.revision}")
+        return " ".join([*words, shlex.quote(plan.checkpoint.name), "OUT"])
 
 
 @dataclass(frozen=True)
@@ -98,24 +111,33 @@ def convert(
 ) -> list[dict[str, Any]]:
     """Write OUT, or OUT/tp-N for several degrees, and return the manifests.
 
-    OUT appears whole, and verified unless that was declined, or not at all. Several processes
-    share the work out by files. Raises a TpgptqError.
+    OUT appears whole, and verified unless that was declined, or not at all; with options.resume
+    what was written is kept for the next run. Several processes share the work out by files. Raises
+    a TpgptqError.
     """
-    check_layout(checkpoint, options.layout)
-    needed = sum(output_bytes(plan) for plan in plans)
+    check_layout(checkpoint, options.layout, [plan.tp for plan in plans])
 
-    def start() -> tuple[bool, Path]:
-        sym = check_zero_points(checkpoint, plans)
+    def start() -> tuple[bool, Stage]:
+        sym, source = check_zero_points(checkpoint, plans), checkpoint.source
+        carried = sum((source.directory / path).stat().st_size for path in source.carried_files())
+        needed = sum(output_bytes(plan) + carried for plan in plans)
         check_free(out, options.overwrite, needed, checkpoint.source.directory)
-        return sym, stack.enter_context(staging(out, options.overwrite))
+        conversion = _fingerprint(checkpoint, plans, options)
+        stage = staging(out, conversion, overwrite=options.overwrite, resume=options.resume)
+        return sym, stack.enter_context(stage)
+
+    def share() -> _Run:
+        journal = stack.enter_context(journal_of(stage))
+        writers = stack.enter_context(threads(2 * cores()))  # for writes and for hashes
+        return _Run(checkpoint, plans, stage, options, processes, writers, journal.note)
 
     with ExitStack() as stack:
         sym, stage = processes.of_first(start)
-        writers = stack.enter_context(threads(2 * cores()))  # for writes and for hashes
-        run = processes.agree(lambda: _Run(checkpoint, plans, stage, options, processes, writers))
+        run = processes.agree(share)
         found = processes.gather(processes.agree(lambda: run.write(progress)))
         files = {name: info for written, _ in found for name, info in written.items()}
         sources = {name: info for _, hashes in found for name, info in hashes.items()}
+        checkpoint.source.check_hashes(sources)
         manifests = processes.of_first(
             lambda: [output.finish(files, sources, sym) for output in run.outputs]
         )
@@ -135,13 +157,56 @@ def convert(
                     *mismatches,
                     hint=f"a bug, or a bad disk; the output is kept in {failed_path(out)}",
                 )
+            manifests = processes.of_first(
+                lambda: [record_verified(output.directory) for output in run.outputs]
+            )
     return manifests
+
+
+def current(
+    checkpoint: Checkpoint, plans: Sequence[Plan], out: Path, options: Options
+) -> list[dict[str, Any]] | None:
+    """The manifests of OUT where it is whole, and what `convert` would write; None where it isn't.
+
+    That is told by the checksums of all files of MODEL and OUT, which are read for them. The card
+    is not compared: it is there for people to edit.
+    """
+    directories = _directories(plans, out)
+    if not all((directory / MANIFEST).is_file() for _, directory in directories):
+        return None
+    if len(plans) > 1 and len(list(out.iterdir())) > len(plans):
+        return None
+    sym = check_zero_points(checkpoint, plans)
+    with threads(cores()) as pool:
+        paths = [file.path for file in checkpoint.source.files.values()]
+        sources = dict(zip(checkpoint.source.files, pool.map(checksum, paths), strict=True))
+        outputs = [_Output(plan, directory, options, pool) for plan, directory in directories]
+        manifests = [output.current(sources, sym, pool) for output in outputs]
+    found = [manifest for manifest in manifests if manifest]
+    return found if len(found) == len(plans) else None
+
+
+def _directories(plans: Sequence[Plan], out: Path) -> list[tuple[Plan, Path]]:
+    """Each plan's directory in OUT, which it has alone where there is one plan."""
+    return [(plan, out if len(plans) == 1 else out / f"tp-{plan.tp}") for plan in plans]
 
 
 def output_bytes(plan: Plan) -> int:
     """Bytes of the weights in the output of one plan."""
     shared = plan.checkpoint.shared_specs.values()
-    return plan.rank_bytes * plan.tp + sum(spec.nbytes for spec in shared)
+    return plan.rank_bytes * plan.shards + sum(spec.nbytes for spec in shared)
+
+
+def _fingerprint(checkpoint: Checkpoint, plans: Sequence[Plan], options: Options) -> str:
+    """Of everything that the bytes of the output's weights hang on; the source's by their times."""
+    files = {
+        name: [status.st_size, status.st_mtime_ns]
+        for name, file in checkpoint.source.files.items()
+        for status in [file.path.stat()]
+    }
+    asked = [options.layout, options.max_shard_size, [(plan.tp, plan.row_group) for plan in plans]]
+    everything = [TOOL, asked, files, checkpoint.config, asdict(checkpoint.quant)]
+    return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
 
 
 class _Run:
@@ -151,16 +216,20 @@ class _Run:
         self,
         checkpoint: Checkpoint,
         plans: Sequence[Plan],
-        stage: Path,
+        stage: Stage,
         options: Options,
         processes: Processes,
         writers: ThreadPoolExecutor,
+        note: Note,
     ) -> None:
         self.checkpoint, self.device = checkpoint, open_device(options.device)
+        self.stage = stage
         self.outputs = [
-            _Output(plan, stage if len(plans) == 1 else stage / f"tp-{plan.tp}", options, writers)
-            for plan in plans
+            _Output(plan, directory, options, writers, note)
+            for plan, directory in _directories(plans, stage.directory)
         ]
+        for output in self.outputs:
+            output.directory.mkdir(exist_ok=True)
         files = [part for output in self.outputs for part in output.files]
         self._mine = set(_share(files, processes))
         sources = list(checkpoint.source.files.items())
@@ -168,6 +237,8 @@ class _Run:
 
     def write(self, progress: Progress) -> tuple[dict[str, Any], dict[str, Any]]:
         """Write this process's files; returns those, and its share of the source's, by name."""
+        with threads(cores()) as pool:
+            list(pool.map(self._reuse, self._mine))
         # Where every sequence has several files, some of each are written at a time, every one in a
         # lane of its own: the hash of a file is one thread's work.
         parts = (len(stream.parts) for output in self.outputs for stream in output.streams)
@@ -197,17 +268,26 @@ class _Run:
             finally:
                 stop.set()
 
+    def _reuse(self, part: Part) -> None:
+        """What an earlier run has written of a file."""
+        name = str(part.path.relative_to(self.stage.directory))
+        if name in self.stage.written:
+            part.reuse(self.stage.written[name])
+
     def _source_bytes(self) -> int:
         """Of everything that this process reads."""
-        mine, checkpoint = {name for part in self._mine for name in part.specs}, self.checkpoint
-        layers = (layer for layer in checkpoint.layers if f"{layer.name}.qweight" in mine)
+        mine = {name for part in self._mine for name in part.specs.keys() - part.kept}
+        checkpoint = self.checkpoint
+        layers = (layer for layer in checkpoint.layers if _first_tensor(layer) in mine)
         shared = (spec.nbytes for name, spec in checkpoint.shared_specs.items() if name in mine)
-        return sum(map(checkpoint.source_bytes, layers)) + sum(shared)
+        return sum(layer.nbytes for layer in layers) + sum(shared)
 
     def _accepts(self, lane: int, lanes: int) -> Accept:
         """Whether a tensor of a sequence is to be written by this process, in this lane."""
         return lambda stream, name: (
-            stream.part(name) in self._mine and stream.lane(name, lanes) == lane
+            (part := stream.part(name)) in self._mine
+            and name not in part.kept
+            and stream.lane(name, lanes) == lane
         )
 
     def _layers(self, lane: int, lanes: int) -> Iterator[_Piece]:
@@ -225,11 +305,11 @@ class _Run:
                     for output, cut, parts in zip(self.outputs, cuts, wanted, strict=True)
                     if parts
                 ]
-                source = self.checkpoint.source_bytes(layer)
                 yield _Piece(
-                    position=first.position(f"{layer.name}.qweight") * lanes - lane,
-                    source_bytes=source,
-                    nbytes=source + sum(output.nbytes(layer, parts) for output, _, parts in jobs),
+                    position=first.position(_first_tensor(layer)) * lanes - lane,
+                    source_bytes=layer.nbytes,
+                    nbytes=layer.nbytes
+                    + sum(output.nbytes(layer, parts) for output, _, parts in jobs),
                     work=partial(self._repack, layer, jobs),
                 )
 
@@ -238,8 +318,8 @@ class _Run:
     ) -> list[Write]:
         device, stacks = self.device, [shards for _, shards, _ in jobs]
         with device.work():
-            packed = Packed.read(self.checkpoint, layer, device.allocate)
-            repacked = list(repack(packed, stacks, self.checkpoint.quant, device))
+            stored = read_layer(self.checkpoint, layer, device.allocate)
+            repacked = list(repack(stored, stacks, layer.quant, device))
         targets = [
             (output.streams[at], of) for output, _, parts in jobs for at, of in parts.items()
         ]
@@ -262,6 +342,10 @@ class _Run:
                 )
 
 
+def _first_tensor(layer: Layer) -> str:
+    return f"{layer.name}.{'qweight' if layer.quant else 'weight'}"
+
+
 def _copy(name: str, read: Callable[[], Array], streams: Sequence[Parts]) -> list[Write]:
     data = read()
     return [(stream, {name: data}) for stream in streams]
@@ -270,7 +354,7 @@ def _copy(name: str, read: Callable[[], Array], streams: Sequence[Parts]) -> lis
 def _pump(pieces: Iterable[_Piece], pool: ThreadPoolExecutor, advance: Advance) -> None:
     """Work in the pool, writes in the order of the pieces, and IN_FLIGHT bytes at a time."""
     working: deque[tuple[_Piece, Future[list[Write]]]] = deque()
-    writing: deque[tuple[_Piece, list[Future[None]]]] = deque()
+    writing: deque[tuple[_Piece, list[Writing]]] = deque()
     held = 0
 
     def step() -> None:
@@ -278,23 +362,29 @@ def _pump(pieces: Iterable[_Piece], pool: ThreadPoolExecutor, advance: Advance) 
         nonlocal held
         if working and (working[0][1].done() or not writing):
             piece, work = working.popleft()
-            futures = [
-                future for parts, tensors in work.result() for future in parts.write(tensors)
+            stretches = [
+                stretch for parts, tensors in work.result() for stretch in parts.write(tensors)
             ]
-            writing.append((piece, futures))
+            writing.append((piece, stretches))
         else:
-            piece, futures = writing.popleft()
-            for future in futures:
-                future.result()
+            piece, stretches = writing.popleft()
+            for stretch in stretches:
+                stretch.result()
             held -= piece.nbytes
             advance(piece.source_bytes)
+
+    def ready() -> bool:
+        """Whether a step needn't wait."""
+        if working and working[0][1].done():
+            return True
+        return bool(writing) and all(stretch.done() for stretch in writing[0][1])
 
     for piece in pieces:
         while held and held + piece.nbytes > IN_FLIGHT:
             step()
         held += piece.nbytes
         working.append((piece, pool.submit(piece.work)))
-        while working and working[0][1].done():
+        while ready():
             step()
     while working or writing:
         step()
@@ -313,15 +403,19 @@ class _Output:
     """One degree's output directory while it is written."""
 
     def __init__(
-        self, plan: Plan, directory: Path, options: Options, writers: ThreadPoolExecutor
+        self,
+        plan: Plan,
+        directory: Path,
+        options: Options,
+        writers: ThreadPoolExecutor,
+        note: Note = lambda *_: None,
     ) -> None:
         self.plan, self.directory, self.options = plan, directory, options
-        directory.mkdir(exist_ok=True)
         self._index: dict[str, IntArray] = {}
         self._tensors = {layer.name: plan.tensors(layer) for layer in plan.checkpoint.layers}
         shared = self.shared_specs()
-        make = partial(Parts, directory, max_bytes=options.max_shard_size, pool=writers)
-        if options.layout == "merged":
+        make = partial(Parts, directory, max_bytes=options.max_shard_size, pool=writers, note=note)
+        if options.layout != "ranks":
             merged = make(_merged_part, self._layer_specs(plan.merged_tensors) | shared)
             self.streams, self.shared = [merged], merged
         else:
@@ -389,8 +483,9 @@ class _Output:
                 "group_size": size.group_size,
                 "perm": "perm" in self._tensors[layer.name],
             }
+            | ({} if layer.bits == plan.checkpoint.quant.bits else {"bits": layer.bits})
             for layer in plan.checkpoint.layers
-            for size in [plan.sizes[layer.linear.name]]
+            for size in [plan.sizes[layer.kind]]
         }
 
     def finish(
@@ -405,32 +500,84 @@ class _Output:
         for path in source.carried_files():
             (self.directory / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source.directory / path, self.directory / path)
-        shutil.copyfile(Path(__file__).with_name(RUNTIME), self.directory / RUNTIME)
-        write_json(self.directory / WEIGHTS_INDEX, self.shared.index)
-        shared, *ranks = (
-            {part.path.name: files[str(part.path)] for part in stream.parts}
-            for stream in (self.shared, *self.streams)
-        )
-        weights: dict[str, Any] = {"shared": shared, "ranks": ranks}
-        if self.options.layout == "merged":
-            weights = {"merged": shared}
-        digest = weights_digest({"layout": self.options.layout, "files": weights})
-        write_json(self.directory / "config.json", self._config(sym, digest))
+        if self.options.layout != "gptq":
+            shutil.copyfile(Path(__file__).with_name(RUNTIME), self.directory / RUNTIME)
+        weights = self._weights(files)
+        for name, text in self._texts(sym, weights).items():
+            (self.directory / name).write_text(text, encoding="utf-8")
         manifest = self._manifest(source_files, sym, weights)
         (self.directory / "README.md").write_text(
-            model_card(manifest, source.directory, self.options.command(self.plan)),
+            self._card(manifest),
             encoding="utf-8",
         )
         write_json(self.directory / MANIFEST, manifest)
         return manifest
 
+    def _card(self, manifest: dict[str, Any]) -> str:
+        directory, command = self.directory.name, self.options.command(self.plan)
+        branch = directory if directory == f"tp-{self.plan.tp}" else None
+        source = self.plan.checkpoint.source.directory
+        return model_card(
+            manifest, self.plan.config, source, command, self.options.repository, branch
+        )
+
+    def current(
+        self, source_files: dict[str, Any], sym: bool, pool: ThreadPoolExecutor
+    ) -> dict[str, Any] | None:
+        """The manifest, if the directory holds what would be written; see `convert.current`."""
+        source = self.plan.checkpoint.source
+        originals = {path: source.directory / path for path in source.carried_files()}
+        if self.options.layout != "gptq":
+            originals[Path(RUNTIME)] = Path(__file__).with_name(RUNTIME)
+        try:
+            paths = [str(part.path) for part in self.files]
+            infos = pool.map(checksum, map(Path, paths))
+            weights = self._weights(dict(zip(paths, infos, strict=True)))
+            manifest = self._manifest(source_files, sym, weights)
+            proven = json_text(manifest | {"verified": True})
+            stated = (self.directory / MANIFEST).read_text(encoding="utf-8")
+            good = {proven} if self.options.verify else {proven, json_text(manifest)}
+            same = (
+                stated in good
+                and all(
+                    (self.directory / name).read_text(encoding="utf-8") == text
+                    for name, text in self._texts(sym, weights).items()
+                )
+                and all(
+                    filecmp.cmp(original, self.directory / name, shallow=False)
+                    for name, original in originals.items()
+                )
+            )
+        except (OSError, UnicodeError, SourceError):  # something is missing
+            return None
+        return json.loads(stated) if same else None
+
+    def _weights(self, files: Mapping[str, Any]) -> dict[str, Any]:
+        """The files of tensors, as the manifest lists them."""
+        shared, *ranks = (
+            {part.path.name: files[str(part.path)] for part in stream.parts}
+            for stream in (self.shared, *self.streams)
+        )
+        if self.options.layout != "ranks":
+            return {"merged": shared}
+        return {"shared": shared, "ranks": ranks}
+
+    def _texts(self, sym: bool, weights: Mapping[str, Any]) -> dict[str, str]:
+        """The files beside those of tensors that speak of them."""
+        digest = weights_digest({"layout": self.options.layout, "files": weights})
+        texts = {WEIGHTS_INDEX: self.shared.index, "config.json": self._config(sym, digest)}
+        if self.options.layout == "gptq":  # auto-gptq reads no other file
+            texts[QUANT_FILES[0]] = gptq_config(self.plan.checkpoint, sym)
+        return {name: json_text(value) for name, value in texts.items()}
+
     def _config(self, sym: bool, digest: str) -> dict[str, Any]:
-        plan, quant = self.plan, self.plan.checkpoint.quant
-        config = plan.checkpoint.family.resized(plan.checkpoint.config, plan.intermediate)
+        plan, quant, config = self.plan, self.plan.checkpoint.quant, self.plan.config
+        if self.options.layout == "gptq":
+            return config | {"quantization_config": gptq_config(plan.checkpoint, sym)}
         return config | {
             "quantization_config": {
                 "quant_method": "tpgptq",
-                "format_version": FORMAT_VERSION,
+                "format_version": format_version(self._modules()),
                 "bits": quant.bits,
                 "group_size": quant.group_size,
                 "sym": sym,
@@ -447,21 +594,25 @@ class _Output:
     ) -> dict[str, Any]:
         plan, checkpoint = self.plan, self.plan.checkpoint
         geometry, quant = checkpoint.geometry, checkpoint.quant
-        written = {part.path.name for part in self.files}
+        # Neither the card, which is there for people to edit, nor what an import leaves.
+        unlisted = {part.path.name for part in self.files} | {"README.md", MANIFEST}
         others = sorted(
-            path.relative_to(self.directory)
+            name
             for path in self.directory.rglob("*")
-            if path.is_file() and path.name not in written
+            if path.is_file()
+            and path.parent.name != "__pycache__"
+            and str(name := path.relative_to(self.directory)) not in unlisted
         )
         return {
             "format": "tpgptq",
-            "format_version": FORMAT_VERSION,
+            "format_version": format_version(self._modules()),
             "tool": TOOL,
             "tp": plan.tp,
             "layout": self.options.layout,
+            "verified": False,  # until it is
             "source": {
                 "name": checkpoint.name,
-                "revision": None,
+                "revision": checkpoint.source.revision,
                 "files": source_files,
             },
             "model_type": checkpoint.config["model_type"],
@@ -471,12 +622,11 @@ class _Output:
             "heads": {
                 "query": geometry.heads,
                 "kv": geometry.kv_heads,
-                "padded_query": geometry.heads,
-                "padded_kv": geometry.kv_heads,
+                "padded_query": plan.heads.padded_query,
+                "padded_kv": plan.heads.padded_kv,
             },
-            "intermediate": {"size": geometry.intermediate, "padded": plan.intermediate},
+            "intermediate": intermediate_sizes(checkpoint.mlps, plan.mlps),
             "modules": self._modules(),
-            # The card is not among them: it is there for people to edit.
             "files": weights
             | {"other": {str(path): checksum(self.directory / path) for path in others}},
         }

@@ -25,6 +25,10 @@ class SourceError(TpgptqError):
     """The checkpoint's directory or files can't be read."""
 
 
+class HubError(TpgptqError):
+    """The Hub refuses, lacks what was asked for, or can't be reached."""
+
+
 class CheckpointError(TpgptqError):
     """The checkpoint's configuration or tensors are not what they must be."""
 
@@ -39,6 +43,10 @@ class DegreeError(TpgptqError):
 
 class OutputError(TpgptqError):
     """The output can't be written where it was asked for, or is no output of this tool."""
+
+
+class DeviceError(TpgptqError):
+    """The device that works failed, or is out of memory."""
 
 
 class VerificationError(TpgptqError):

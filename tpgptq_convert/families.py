@@ -4,17 +4,21 @@ A linear layer reads one axis of activations and writes another. What that says 
 
 - HIDDEN is whole on every rank. A layer that reads it is column-parallel, one that writes it is
   row-parallel and its outputs are summed over the ranks.
+- VOCAB, which a quantised head writes, is whole on every rank as well.
 - QUERY and KV are cut by heads; inside a rank the order of their channels is fixed by the model.
+  Latent attention (deepseek) has KEY and VALUE, of sizes of their own, in the place of KV, and
+  latents between HIDDEN and all of these, which are whole on every rank.
 - MLP lies between layers that act on each channel alone, so its channels may take any order, as
-  long as the layers that write it and the one that reads it agree.
+  long as the layers that write it and the one that reads it agree. So does each expert's own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Any
+from functools import partial
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,13 +27,47 @@ from tpgptq_convert.config import Geometry
 from tpgptq_convert.errors import CheckpointError, UnsupportedError
 
 
-class Axis(Enum):
+class Cut(Enum):
+    """What a rank has of an axis."""
+
+    FREE = "any channels, in any order"
+    HEADS = "whole heads"
+    WHOLE = "all of it"
+
+
+@dataclass(frozen=True)
+class Axis:
     """A space of activations between layers."""
 
-    HIDDEN = "hidden"
-    QUERY = "query"
-    KV = "kv"
-    MLP = "mlp"
+    name: str
+    cut: Cut = Cut.FREE
+    index: int = 0  # of an expert
+
+    HIDDEN: ClassVar[Axis]
+    QUERY: ClassVar[Axis]
+    KV: ClassVar[Axis]
+    KEY: ClassVar[Axis]
+    VALUE: ClassVar[Axis]
+    ROPE: ClassVar[Axis]  # of the one key of all heads that has positions
+    MLP: ClassVar[Axis]
+    VOCAB: ClassVar[Axis]
+
+    @property
+    def free(self) -> bool:
+        """Whether its channels may take any order."""
+        return self.cut is Cut.FREE
+
+    @property
+    def whole(self) -> bool:
+        """Whether every rank has all of it."""
+        return self.cut is Cut.WHOLE
+
+
+Axis.HIDDEN, Axis.ROPE, Axis.VOCAB = (Axis(name, Cut.WHOLE) for name in ("hidden", "rope", "vocab"))
+Axis.QUERY, Axis.KV, Axis.KEY, Axis.VALUE = (
+    Axis(name, Cut.HEADS) for name in ("query", "kv", "key", "value")
+)
+Axis.MLP = Axis("mlp")
 
 
 class Order(Enum):
@@ -37,6 +75,8 @@ class Order(Enum):
 
     PARTS = "one part after another"
     HEADS = "for each kv head its query heads, its key, its value"
+    EACH_HEAD = "for each head a part of every axis"
+    QUARTERS = "for each quarter of the heads their queries, their values, their keys"
 
 
 @dataclass(frozen=True)
@@ -47,35 +87,63 @@ class Linear:
     reads: Axis
     writes: tuple[Axis, ...]  # more than one where layers are fused
     order: Order = Order.PARTS
+    of_experts: str = ""  # the name of all experts' such layers, * for their index
+
+    @property
+    def kind(self) -> str:
+        """What the layers have in common that are shared out alike."""
+        return self.of_experts or self.name
+
+    def of_expert(self, index: int) -> Linear:
+        """An expert's own, where this one stands for those of all experts."""
+
+        reads, *writes = (
+            replace(axis, index=index) if axis.free else axis for axis in (self.reads, *self.writes)
+        )
+        name = self.name.replace("*", str(index))
+        return Linear(name, reads, tuple(writes), self.order, of_experts=self.name)
 
     @property
     def parallel(self) -> str:
-        return "column" if self.reads is Axis.HIDDEN else "row"
+        return "column" if self.reads.whole else "row"
 
     @property
     def fused(self) -> bool:
         return len(self.writes) > 1
 
-    def width(self, widths: Mapping[Axis, int]) -> int:
-        """N, where the axes have so many channels."""
-        return sum(widths[axis] for axis in self.writes)
+    def width(self, widths: Mapping[str, int]) -> int:
+        """N, where the axes have so many channels, by their names."""
+        return sum(widths[axis.name] for axis in self.writes)
 
-    def places(self, widths: Mapping[Axis, int], head_dim: int) -> list[NDArray[np.int64]]:
-        """For each part, the column of each of its channels, where the axes have so many."""
+    def places(
+        self, widths: Mapping[str, int], sizes: Mapping[str, int]
+    ) -> list[NDArray[np.int64]]:
+        """For each part, the column of each of its channels, where the axes have so many.
+
+        sizes: channels of a head of each axis.
+        """
         columns = np.arange(self.width(widths))
         if self.order is Order.PARTS:
-            ends = np.cumsum([widths[axis] for axis in self.writes])
+            ends = np.cumsum([widths[axis.name] for axis in self.writes])
             return np.split(columns, ends[:-1])
-        kv_heads = widths[Axis.KV] // head_dim
-        heads = columns.reshape(kv_heads, -1, head_dim)
+        if self.order is Order.QUARTERS:
+            quarters = columns.reshape(4, 3, -1)
+            return [quarters[:, part].reshape(-1) for part in (0, 2, 1)]
+        if self.order is Order.EACH_HEAD:
+            ends = np.cumsum([sizes[axis.name] for axis in self.writes])
+            parts = np.split(columns.reshape(-1, ends[-1]), ends[:-1], axis=1)
+            return [part.reshape(-1) for part in parts]
+        size = sizes[Axis.KV.name]
+        heads = columns.reshape(widths[Axis.KV.name] // size, -1, size)
         return [part.reshape(-1) for part in (heads[:, :-2], heads[:, -2], heads[:, -1])]
 
+
+NO_KEY = ""
 
 # What an activation may be called: functions of each channel alone that map 0 to 0.
 ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2")
 LARGEST = 1 << 22  # of a size in config.json
 ALWAYS = ""  # in Family.biases, in the place of a config key
-NO_KEY = ""
 
 # Our names of what a config.json says about a model, and the keys it says it under.
 KEYS = {
@@ -87,6 +155,46 @@ KEYS = {
     "intermediate": "intermediate_size",
     "activation": "hidden_act",
 }
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The MLPs of a block of which a router picks some for every token."""
+
+    linears: tuple[Linear, ...]  # with * in their names for an expert's index
+    counts: tuple[str, ...]  # the keys of which one in config.json says how many
+    size: str  # the key that says how many channels they have
+    block_tensors: Mapping[str, tuple[str, ...]]
+    # What every token passes beside them, and the key that says how many channels that has.
+    shared: tuple[Linear, ...] = ()
+    shared_size: str = NO_KEY
+    shared_counts: str = NO_KEY  # or the key that says how often it has an expert's
+    every: str = NO_KEY  # of so many blocks the last one has experts
+    but: str = NO_KEY  # a list of blocks that have none
+    after: str = NO_KEY  # how many blocks at the beginning have none
+    step: str = NO_KEY  # of what follows those: so many; transformers takes it for 1
+
+    def count(self, config: Mapping[str, Any]) -> str:
+        """The key that says how many."""
+        return next((key for key in self.counts if key in config), self.counts[0])
+
+    def wrong_blocks(self, said: Callable[[str], Any]) -> Iterator[str]:
+        """What is no answer to which blocks have experts."""
+        for key in (self.every, self.after):
+            if type(value := said(key) or 0) is not int or value < 0:
+                yield f"config.json: {key} is {value!r:.40}; must be an integer from 0"
+        if (value := said(self.step)) not in (None, 1):
+            yield f"config.json: {self.step} is {value!r:.40}; must be 1, as transformers takes it"
+        if type(value := said(self.but) or []) is not list:
+            yield f"config.json: {self.but} is {value!r:.40}; must be a list of blocks"
+
+    def inside(self, said: Callable[[str], Any], block: int) -> bool:
+        """Whether this block has experts, not one MLP; `said` looks up a key of config.json."""
+        return (
+            block >= (said(self.after) or 0)
+            and block not in (said(self.but) or ())
+            and not (block + 1) % (said(self.every) or 1)
+        )
 
 
 @dataclass(frozen=True)
@@ -104,17 +212,56 @@ class Family:
     # Other keys than those of KEYS; NO_KEY where a config says nothing of it.
     keys: Mapping[str, str] = field(default_factory=dict)
     defaults: Mapping[str, Any] = field(default_factory=dict)  # what a config means by silence
+    experts: Experts | None = None
     one_kv_head: bool = False
+    # Axes with sizes of their own, and the keys whose sum they are: of a head, where cut by heads.
+    sizes: Mapping[Axis, tuple[str, ...]] = field(default_factory=dict)
+    heads_together: int = 1  # heads come in multiples of this, on a rank too
+    mlp_times: int = 1  # what a config says of the MLP, as a multiple of its channels
     mlp_ratio: int = 0  # the MLP's channels for each of the hidden ones, where a config is silent
-    # A key, and the family it is where config.json denies it.
+    # A key, and the family it is where config.json denies it (false or null).
     unless: tuple[str, Family] | None = None
-    never: tuple[str, ...] = ()  # keys that must not be true
+    transposed: bool = False  # layers that aren't quantised are stored (K, N)
 
     def block(self, index: int) -> str:
         return f"{self.prefix}.{index}"
 
+    def block_of(self, tensor: str) -> str | None:
+        """The block that a tensor is of, by its name."""
+        index = tensor.removeprefix(f"{self.prefix}.").partition(".")[0]
+        inside = tensor.startswith(f"{self.prefix}.{index}.") and index.isdecimal()
+        return f"{self.prefix}.{index}" if inside else None
+
+    def linears_of(
+        self, config: Mapping[str, Any], geometry: Geometry, block: int
+    ) -> tuple[Linear, ...]:
+        """The layers of one block, in the order in which it uses them."""
+        experts = self.experts
+        if experts is None or not experts.inside(partial(self.said, config), block):
+            return self.linears
+        return (
+            *(linear for linear in self.linears if Axis.MLP not in (linear.reads, *linear.writes)),
+            *(x.of_expert(i) for i in range(geometry.experts) for x in experts.linears),
+            *experts.shared,
+        )
+
+    def block_tensors_of(
+        self, config: Mapping[str, Any], block: int
+    ) -> Mapping[str, tuple[str, ...]]:
+        """Every other tensor of one block."""
+        if self.experts is None or not self.experts.inside(partial(self.said, config), block):
+            return self.block_tensors
+        return {**self.block_tensors, **self.experts.block_tensors}
+
+    @property
+    def head_linear(self) -> Linear:
+        """The head, where it is quantised."""
+        return Linear(self.head.removesuffix(".weight"), Axis.HIDDEN, (Axis.VOCAB,))
+
     def said(self, config: Mapping[str, Any], key: str) -> Any:
         """What a config.json says under a key of its own, or means by its silence."""
+        if key == NO_KEY:
+            return None
         return self.defaults.get(key) if config.get(key) is None else config[key]
 
     def tied(self, config: Mapping[str, Any]) -> bool:
@@ -135,37 +282,55 @@ class Family:
         problems = []
         keys = {**KEYS, **self.keys}
 
-        def size(name: str, default: int | None = None) -> int:
-            value = self.said(config, keys[name])
+        def size_at(key: str, default: int | None = None) -> int:
+            value = self.said(config, key)
             value = default if value is None else value
             if type(value) is not int or not 0 < value <= LARGEST:
                 problems.append(
-                    f"config.json: {keys[name]} is {value!r:.40}; must be a positive integer"
+                    f"config.json: {key} is {value!r:.40}; must be a positive integer"
                     f"{f' up to {LARGEST}' if type(value) is int and value > 0 else ''}"
                 )
                 return 1
             return value
 
+        def size(name: str, default: int | None = None) -> int:
+            return size_at(keys[name], default)
+
         hidden, heads = size("hidden"), size("heads")
+        sizes = {axis.name: sum(map(size_at, names)) for axis, names in self.sizes.items()}
+        head_dim = sizes.get(Axis.QUERY.name) or size("head_dim", hidden // heads)
+        mlps = {
+            name: size_at(key, self.mlp_ratio * hidden or None)
+            for name, key in self._mlp_keys.items()
+        }
+        if "mlp" in mlps:
+            mlps["mlp"] //= self.mlp_times
+        if self.experts and (key := self.experts.shared_counts):
+            mlps["shared"] = mlps["experts"] * size_at(key)
+        if self.experts:
+            problems += self.experts.wrong_blocks(partial(self.said, config))
         geometry = Geometry(
             hidden=hidden,
             blocks=size("blocks"),
             heads=heads,
             kv_heads=1 if self.one_kv_head else size("kv_heads", heads),
-            head_dim=size("head_dim", hidden // heads),
-            intermediate=size("intermediate", self.mlp_ratio * hidden or None),
+            head_dim=head_dim,
+            sizes={Axis.QUERY.name: head_dim, Axis.KV.name: head_dim, **sizes},
+            mlps=mlps,
+            experts=size_at(self.experts.count(config)) if self.experts else 0,
             activation=str(self.said(config, keys["activation"]) or "silu"),
+            heads_together=self.heads_together,
         )
+        if not problems and heads % self.heads_together:
+            problems.append(
+                f"config.json: {keys['heads']} is {heads}; must be a multiple of "
+                f"{self.heads_together}"
+            )
         if not problems and heads % geometry.kv_heads:
             problems.append(
                 f"config.json: {keys['heads']} is {heads}; must be a multiple of "
                 f"{keys['kv_heads']}, {geometry.kv_heads}"
             )
-        problems += [
-            f"config.json: {key} is true; must be false, the only form that is supported yet"
-            for key in self.never
-            if self.said(config, key) is True
-        ]
         if geometry.activation not in ACTIVATIONS:
             problems.append(
                 f"config.json: {keys['activation']} is {geometry.activation!r}; "
@@ -175,10 +340,43 @@ class Family:
             raise CheckpointError(*problems, hint="correct config.json")
         return geometry
 
-    def resized(self, config: dict[str, Any], intermediate: int) -> dict[str, Any]:
-        """config.json for a model whose MLP was padded to this width."""
-        key = self.keys.get("intermediate", KEYS["intermediate"])
-        return config | {key: intermediate}
+    @property
+    def _mlp_keys(self) -> dict[str, str]:
+        """The keys that say how many channels the free axes have, by the axes' names."""
+        keys = {}
+        if any(Axis.MLP in linear.writes for linear in self.linears):
+            keys["mlp"] = self.keys.get("intermediate", KEYS["intermediate"])
+        if self.experts:
+            keys["experts"] = self.experts.size
+        if self.experts and self.experts.shared_size:
+            keys["shared"] = self.experts.shared_size
+        return keys
+
+    def resized(self, config: dict[str, Any], mlps: Mapping[str, int]) -> dict[str, Any]:
+        """config.json for a model whose free axes were padded to these widths."""
+        keys = self._mlp_keys
+        times = {"mlp": self.mlp_times}
+        sizes = {
+            keys[name]: width * times.get(name, 1) for name, width in mlps.items() if name in keys
+        }
+        return config | {key: width for key, width in sizes.items() if key != NO_KEY}
+
+    @property
+    def states_head_dim(self) -> bool:
+        """Whether a config can say how many heads there are beside how large they are."""
+        return self.keys.get("head_dim") != NO_KEY
+
+    def with_heads(
+        self, config: dict[str, Any], geometry: Geometry, query: int, kv: int
+    ) -> dict[str, Any]:
+        """config.json for a model with empty or copied heads beside those of `geometry`.
+
+        It stays as it is where the size of a head follows from their number.
+        """
+        if (query, kv) == (geometry.heads, geometry.kv_heads) or not self.states_head_dim:
+            return config
+        sizes = {"heads": query, "kv_heads": kv, "head_dim": geometry.head_dim}
+        return config | {self.keys.get(name, KEYS[name]): size for name, size in sizes.items()}
 
 
 def linears(attention: str, o: str, *mlp: str) -> tuple[Linear, ...]:
@@ -189,8 +387,15 @@ def linears(attention: str, o: str, *mlp: str) -> tuple[Linear, ...]:
         Linear(k, Axis.HIDDEN, (Axis.KV,)),
         Linear(v, Axis.HIDDEN, (Axis.KV,)),
         Linear(f"{attention}.{o}", Axis.QUERY, (Axis.HIDDEN,)),
-        *(Linear(name, Axis.HIDDEN, (Axis.MLP,)) for name in mlp[:-1]),
-        Linear(mlp[-1], Axis.MLP, (Axis.HIDDEN,)),
+        *through(Axis.MLP, *mlp),
+    )
+
+
+def through(axis: Axis, *names: str) -> tuple[Linear, ...]:
+    """What writes an axis from the hidden channels, and, the last, what reads it."""
+    return (
+        *(Linear(name, Axis.HIDDEN, (axis,)) for name in names[:-1]),
+        Linear(names[-1], axis, (Axis.HIDDEN,)),
     )
 
 
@@ -224,6 +429,11 @@ Q, K, V, O = (f"self_attn.{x}_proj" for x in "qkvo")  # noqa: E741
 GATE, UP, DOWN = (f"mlp.{x}_proj" for x in ("gate", "up", "down"))
 BEFORE, AFTER = "input_layernorm", "post_attention_layernorm"
 QK_NORM = norms("self_attn.q_norm", "self_attn.k_norm", shape="head_dim")  # one for all heads
+# Over all heads together: the ranks sum their squares.
+WHOLE_NORM = {
+    **norms("self_attn.q_norm", shape=Axis.QUERY.name),
+    **norms("self_attn.k_norm", shape=Axis.KV.name),
+}
 TIED = {"tie_word_embeddings": True}
 EVERY_HEAD_ITS_OWN = {"kv_heads": NO_KEY, "head_dim": NO_KEY}  # no grouped heads, hidden / heads
 
@@ -258,6 +468,11 @@ STARCODER2 = replace(
     biases={"use_bias": (Q, K, V, O, "mlp.c_fc", "mlp.c_proj")},
     defaults={"use_bias": True, "hidden_act": "gelu_pytorch_tanh", **TIED},
 )
+OLMO2 = replace(
+    LLAMA,
+    block_tensors={**norms(AFTER, FEEDFORWARD[1]), **WHOLE_NORM},
+    biases={"attention_bias": (Q, K, V, O)},
+)
 
 GLM = replace(
     LLAMA,
@@ -288,6 +503,25 @@ GPT2 = Family(
     defaults={"activation_function": "gelu_new", **TIED},
     mlp_ratio=4,
 )
+GPTJ = Family(
+    prefix="transformer.h",
+    linears=linears("attn", "out_proj", "mlp.fc_in", "mlp.fc_out"),
+    block_tensors=norms("ln_1", bias=True),
+    tensors={
+        **outside("transformer.wte", "transformer.ln_f", bias=True),
+        "lm_head.bias": ("vocab",),
+    },
+    head="lm_head.weight",
+    optional=("attn.bias", "attn.masked_bias"),
+    biases={ALWAYS: ("mlp.fc_in", "mlp.fc_out")},
+    keys={
+        **EVERY_HEAD_ITS_OWN,
+        **{"hidden": "n_embd", "blocks": "n_layer", "heads": "n_head"},
+        **{"intermediate": "n_inner", "activation": "activation_function"},
+    },
+    defaults={"activation_function": "gelu_new"},
+    mlp_ratio=4,
+)
 GPT_BIGCODE_HEADS = replace(
     GPT2,
     linears=fused("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj", order=Order.HEADS),
@@ -302,10 +536,10 @@ PERSIMMON = fused(
 FALCON_QKV, FALCON_O = "self_attention.query_key_value", "self_attention.dense"
 FALCON_MLP = ("mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
 FALCON_DEFAULTS = {"new_decoder_architecture": False, "multi_query": True, "parallel_attn": True}
-FALCON_HEADS = Family(  # falcon-rw
+FALCON_RW = Family(
     prefix="transformer.h",
     linears=fused(FALCON_QKV, FALCON_O, *FALCON_MLP, order=Order.HEADS),
-    block_tensors=norms(BEFORE, bias=True),
+    block_tensors=norms(BEFORE, AFTER, bias=True),
     tensors=outside("transformer.word_embeddings", "transformer.ln_f", bias=True),
     head="lm_head.weight",
     biases={"bias": (FALCON_QKV, FALCON_O, *FALCON_MLP)},
@@ -315,7 +549,11 @@ FALCON_HEADS = Family(  # falcon-rw
     },
     defaults={**FALCON_DEFAULTS, "activation": "gelu", **TIED},
     mlp_ratio=4,
-    never=("alibi",),  # its slopes would have to be cut as well
+)
+FALCON_HEADS = replace(  # attention and the MLP read the same norm
+    FALCON_RW,
+    block_tensors=norms(BEFORE, bias=True),
+    unless=("parallel_attn", FALCON_RW),
 )
 FALCON_ONE_KV_HEAD = replace(  # falcon-7b
     FALCON_HEADS,
@@ -324,15 +562,116 @@ FALCON_ONE_KV_HEAD = replace(  # falcon-7b
     unless=("multi_query", FALCON_HEADS),
 )
 
+EXPERTS, SHARED = Axis("experts"), Axis("shared")
+QWEN2 = replace(LLAMA, biases={ALWAYS: (Q, K, V)})
+QWEN3 = replace(
+    LLAMA,
+    block_tensors={**LLAMA.block_tensors, **QK_NORM},
+    biases={"attention_bias": (Q, K, V, O)},
+)
+QWEN3_EXPERTS = Experts(
+    linears=through(EXPERTS, *(f"mlp.experts.*.{x}_proj" for x in ("gate", "up", "down"))),
+    counts=("num_experts", "num_local_experts"),
+    size="moe_intermediate_size",
+    block_tensors={"mlp.gate.weight": ("experts", "hidden")},
+    every="decoder_sparse_step",
+    but="mlp_only_layers",
+)
+QWEN2_EXPERTS = replace(
+    QWEN3_EXPERTS,
+    block_tensors={
+        **QWEN3_EXPERTS.block_tensors,
+        "mlp.shared_expert_gate.weight": ("one", "hidden"),
+    },
+    shared=through(SHARED, *(f"mlp.shared_expert.{x}_proj" for x in ("gate", "up", "down"))),
+    shared_size="shared_expert_intermediate_size",
+)
+OLMOE_EXPERTS = replace(QWEN3_EXPERTS, size="intermediate_size", every=NO_KEY, but=NO_KEY)
+MIXTRAL_EXPERTS = Experts(
+    linears=through(EXPERTS, *(f"block_sparse_moe.experts.*.w{i}" for i in (1, 3, 2))),
+    counts=("num_local_experts",),
+    size="intermediate_size",
+    block_tensors={"block_sparse_moe.gate.weight": ("experts", "hidden")},
+)
+
+DEEPSEEK_EXPERTS = replace(
+    QWEN3_EXPERTS,
+    counts=("n_routed_experts",),
+    shared=through(SHARED, *(f"mlp.shared_experts.{x}_proj" for x in ("gate", "up", "down"))),
+    shared_counts="n_shared_experts",
+    every=NO_KEY,
+    but=NO_KEY,
+    after="first_k_dense_replace",
+    step="moe_layer_freq",
+)
+Q_LATENT, KV_LATENT = (Axis(name, Cut.WHOLE) for name in ("query latent", "kv latent"))
+Q_A, Q_B, KV_A, KV_B = (
+    f"self_attn.{name}" for name in ("q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "kv_b_proj")
+)
+LATENT = (  # latent attention, but for the queries
+    Linear(KV_A, Axis.HIDDEN, (KV_LATENT, Axis.ROPE)),
+    Linear(KV_B, KV_LATENT, (Axis.KEY, Axis.VALUE), Order.EACH_HEAD),
+    Linear(O, Axis.VALUE, (Axis.HIDDEN,)),
+    *LLAMA.linears[4:],
+)
+DEEPSEEK_LITE = replace(
+    LLAMA,
+    linears=(Linear(Q, Axis.HIDDEN, (Axis.QUERY,)), *LATENT),
+    block_tensors={
+        **LLAMA.block_tensors,
+        **norms("self_attn.kv_a_layernorm", shape=KV_LATENT.name),
+    },
+    biases={"attention_bias": (KV_A, O)},
+    keys=EVERY_HEAD_ITS_OWN,
+    sizes={
+        Axis.QUERY: ("qk_nope_head_dim", "qk_rope_head_dim"),
+        Axis.KEY: ("qk_nope_head_dim",),
+        Axis.VALUE: ("v_head_dim",),
+        Axis.ROPE: ("qk_rope_head_dim",),
+        KV_LATENT: ("kv_lora_rank",),
+    },
+    experts=DEEPSEEK_EXPERTS,
+)
+DEEPSEEK = replace(
+    DEEPSEEK_LITE,
+    linears=(
+        Linear(Q_A, Axis.HIDDEN, (Q_LATENT,)),
+        Linear(Q_B, Q_LATENT, (Axis.QUERY,)),
+        *LATENT,
+    ),
+    block_tensors={
+        **DEEPSEEK_LITE.block_tensors,
+        **norms("self_attn.q_a_layernorm", shape=Q_LATENT.name),
+    },
+    biases={"attention_bias": (Q_A, KV_A, O)},
+    sizes={**DEEPSEEK_LITE.sizes, Q_LATENT: ("q_lora_rank",)},
+    unless=("q_lora_rank", DEEPSEEK_LITE),
+)
+DEEPSEEK_V3: dict[str, Any] = {
+    "experts": replace(
+        DEEPSEEK_EXPERTS,
+        block_tensors={
+            **DEEPSEEK_EXPERTS.block_tensors,
+            "mlp.gate.e_score_correction_bias": ("experts",),
+        },
+    ),
+    "defaults": {"first_k_dense_replace": 3},
+}
+
 FAMILIES: Mapping[str, Family] = {
     "llama": LLAMA,
+    "internlm": replace(LLAMA, biases={"bias": (Q, K, V, O)}, defaults={"bias": True}),
+    "minicpm": replace(LLAMA, biases={"attention_bias": (Q, K, V, O)}, defaults=TIED),
     "mistral": MISTRAL,
     "ministral": MISTRAL,
-    "qwen2": replace(LLAMA, biases={ALWAYS: (Q, K, V)}),
-    "qwen3": replace(
-        LLAMA,
-        block_tensors={**LLAMA.block_tensors, **QK_NORM},
-        biases={"attention_bias": (Q, K, V, O)},
+    "mixtral": replace(MISTRAL, linears=MISTRAL.linears[:4], experts=MIXTRAL_EXPERTS),
+    "qwen2": QWEN2,
+    "qwen2_moe": replace(QWEN2, experts=QWEN2_EXPERTS),
+    "qwen3": QWEN3,
+    "qwen3_moe": replace(QWEN3, experts=QWEN3_EXPERTS),
+    "deepseek_v2": DEEPSEEK,
+    "deepseek_v3": replace(
+        DEEPSEEK, **DEEPSEEK_V3, unless=("q_lora_rank", replace(DEEPSEEK_LITE, **DEEPSEEK_V3))
     ),
     "gemma": GEMMA,
     "gemma2": replace(GEMMA, block_tensors=norms(BEFORE, AFTER, *FEEDFORWARD)),
@@ -365,6 +704,15 @@ FAMILIES: Mapping[str, Family] = {
         tensors={name: LLAMA.tensors[name] for name in LLAMA.tensors if "norm" not in name},
         biases={"attention_bias": (Q, K, V, O)},
     ),
+    "olmo2": OLMO2,
+    "olmo3": OLMO2,
+    "olmoe": replace(
+        OLMO2,
+        linears=LLAMA.linears[:4],
+        block_tensors={**LLAMA.block_tensors, **WHOLE_NORM},
+        experts=OLMOE_EXPERTS,
+        keys={"head_dim": NO_KEY},
+    ),
     "cohere": COHERE,
     "cohere2": COHERE,
     "stablelm": replace(
@@ -372,6 +720,7 @@ FAMILIES: Mapping[str, Family] = {
         block_tensors=norms(BEFORE, AFTER, bias=True),
         tensors=outside("model.embed_tokens", "model.norm", bias=True),
         biases={"use_qkv_bias": (Q, K, V)},
+        keys={"head_dim": NO_KEY},
     ),
     "starcoder2": STARCODER2,
     "nemotron": replace(
@@ -413,24 +762,14 @@ FAMILIES: Mapping[str, Family] = {
         },
         defaults={"enable_bias": True, "activation_function": "relu", **TIED},
     ),
-    "gptj": Family(
-        prefix="transformer.h",
-        linears=linears("attn", "out_proj", "mlp.fc_in", "mlp.fc_out"),
-        block_tensors=norms("ln_1", bias=True),
-        tensors={
-            **outside("transformer.wte", "transformer.ln_f", bias=True),
-            "lm_head.bias": ("vocab",),
-        },
-        head="lm_head.weight",
-        optional=("attn.bias", "attn.masked_bias"),
-        biases={ALWAYS: ("mlp.fc_in", "mlp.fc_out")},
-        keys={
-            **EVERY_HEAD_ITS_OWN,
-            **{"hidden": "n_embd", "blocks": "n_layer", "heads": "n_head"},
-            **{"intermediate": "n_inner", "activation": "activation_function"},
-        },
-        defaults={"activation_function": "gelu_new"},
-        mlp_ratio=4,
+    "gptj": GPTJ,
+    "codegen": replace(
+        GPTJ,
+        linears=fused(
+            "attn.qkv_proj", "attn.out_proj", "mlp.fc_in", "mlp.fc_out", order=Order.QUARTERS
+        ),
+        optional=("attn.causal_mask",),
+        heads_together=4,
     ),
     "phi3": replace(
         MISTRAL,
@@ -441,10 +780,79 @@ FAMILIES: Mapping[str, Family] = {
         GLM,
         block_tensors=norms(BEFORE, AFTER, "post_self_attn_layernorm", "post_mlp_layernorm"),
     ),
-    "gpt2": GPT2,
+    "baichuan": replace(
+        MISTRAL,
+        linears=(
+            Linear("self_attn.W_pack", Axis.HIDDEN, (Axis.QUERY, Axis.KV, Axis.KV)),
+            *LLAMA.linears[3:],
+        ),
+        keys=EVERY_HEAD_ITS_OWN,
+    ),
+    "internlm2": replace(
+        MISTRAL,
+        linears=(
+            *fused("attention.wqkv", "attention.wo", "", "", order=Order.HEADS)[:2],
+            *through(Axis.MLP, *(f"feed_forward.w{i}" for i in (1, 3, 2))),
+        ),
+        block_tensors=norms("attention_norm", "ffn_norm"),
+        tensors=outside("model.tok_embeddings", "model.norm", head="output.weight"),
+        head="output.weight",
+        biases={"bias": ("attention.wqkv", "attention.wo")},
+    ),
+    "qwen": Family(
+        prefix="transformer.h",
+        linears=(
+            *fused("attn.c_attn", "attn.c_proj", "", "")[:2],
+            *through(Axis.MLP, "mlp.w2", "mlp.w1", "mlp.c_proj"),
+        ),
+        block_tensors=norms("ln_1", "ln_2"),
+        tensors=outside("transformer.wte", "transformer.ln_f"),
+        head="lm_head.weight",
+        optional=("transformer.rotary_emb.inv_freq",),
+        biases={ALWAYS: ("attn.c_attn",)},
+        keys=EVERY_HEAD_ITS_OWN,
+        mlp_times=2,
+    ),
+    "exaone": Family(
+        prefix="transformer.h",
+        linears=(
+            *linears("attn.attention", "out_proj", "", "")[:4],
+            *through(Axis.MLP, "mlp.c_fc_0", "mlp.c_fc_1", "mlp.c_proj"),
+        ),
+        block_tensors=norms("ln_1", "ln_2"),
+        tensors=outside("transformer.wte", "transformer.ln_f"),
+        head="lm_head.weight",
+        optional=("attn.attention.rotary.inv_freq", "transformer.rotary.inv_freq"),
+        keys={"blocks": "num_layers", "activation": "activation_function"},
+    ),
+    "chatglm": Family(  # 2, 3 and glm-4-9b; the first has other layers
+        prefix="transformer.encoder.layers",
+        linears=fused(
+            *("self_attention.query_key_value", "self_attention.dense"),
+            *("mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+            gated=True,
+        ),
+        block_tensors=norms(BEFORE, AFTER),
+        tensors=outside(
+            "transformer.embedding.word_embeddings",
+            "transformer.encoder.final_layernorm",
+            head="transformer.output_layer.weight",
+        ),
+        head="transformer.output_layer.weight",
+        optional=("transformer.rotary_pos_emb.inv_freq",),
+        biases={"add_qkv_bias": ("self_attention.query_key_value",)},
+        keys={
+            **{"blocks": "num_layers", "kv_heads": "multi_query_group_num"},
+            **{"head_dim": "kv_channels", "intermediate": "ffn_hidden_size", "activation": NO_KEY},
+        },
+    ),
+    "gpt2": replace(GPT2, transposed=True),
     "gpt_bigcode": replace(
         GPT2,
-        defaults={**GPT2.defaults, "activation_function": "gelu_pytorch_tanh"},
+        defaults={
+            **GPT2.defaults,
+            **{"activation_function": "gelu_pytorch_tanh", "multi_query": True},
+        },
         one_kv_head=True,
         unless=("multi_query", GPT_BIGCODE_HEADS),
     ),
@@ -467,6 +875,38 @@ FAMILIES: Mapping[str, Family] = {
         },
         keys=EVERY_HEAD_ITS_OWN,
         defaults={"attention_bias": True, "hidden_act": "gelu"},
+    ),
+    "bloom": Family(
+        prefix="transformer.h",
+        linears=fused(FALCON_QKV, FALCON_O, *FALCON_MLP, order=Order.HEADS),
+        block_tensors=norms(BEFORE, AFTER, bias=True),
+        tensors={
+            **outside("transformer.word_embeddings", "transformer.ln_f", bias=True),
+            **norms("transformer.word_embeddings_layernorm", bias=True),
+        },
+        head="lm_head.weight",
+        biases={ALWAYS: (FALCON_QKV, FALCON_O, *FALCON_MLP)},
+        keys={
+            **EVERY_HEAD_ITS_OWN,
+            **{"blocks": "n_layer", "heads": "n_head"},
+            **{"intermediate": NO_KEY, "activation": NO_KEY},
+        },
+        defaults=TIED,
+        mlp_ratio=4,
+    ),
+    "mpt": Family(
+        prefix="transformer.blocks",
+        linears=fused("attn.Wqkv", "attn.out_proj", "ffn.up_proj", "ffn.down_proj"),
+        block_tensors=norms("norm_1", "norm_2"),
+        tensors=outside("transformer.wte", "transformer.norm_f"),
+        head="lm_head.weight",
+        keys={
+            **EVERY_HEAD_ITS_OWN,
+            **{"hidden": "d_model", "blocks": "n_layers", "heads": "n_heads"},
+            **{"intermediate": NO_KEY, "activation": NO_KEY},
+        },
+        defaults=TIED,
+        mlp_ratio=4,
     ),
     "falcon": replace(  # falcon-40b and 180b
         FALCON_HEADS,
@@ -498,6 +938,6 @@ def family_of(config: Mapping[str, Any]) -> Family:
             hint="other families are not supported yet",
         )
     family = FAMILIES[model_type]
-    while family.unless and family.said(config, family.unless[0]) is False:
+    while family.unless and family.said(config, family.unless[0]) in (False, None):
         family = family.unless[1]
     return family

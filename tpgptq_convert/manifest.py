@@ -8,17 +8,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tpgptq_convert.config import FORMATS
+from tpgptq_convert.config import BITS, FORMATS, layer_tensors, pack_factor
 from tpgptq_convert.errors import OutputError
 from tpgptq_convert.source import FLOATS, SafetensorsFile, TensorSpec, read_json
 
-FORMAT_VERSION = 1
+# In version 2 a module may say "bits" of its own, null if it isn't quantised but has a weight.
+FORMAT_VERSIONS = (1, 2)
 MANIFEST = "tpgptq.json"
 INDEX = "tpgptq-index.safetensors"
 RUNTIME = "tpgptq_runtime.py"
 # The weights that loaders of plain checkpoints read: all, or in layout ranks the shared ones.
 WEIGHTS_INDEX = "model.safetensors.index.json"
-LAYOUTS = ("ranks", "merged")
+LAYOUTS = ("ranks", "merged", "gptq")
 
 
 def read_manifest(out: Path) -> dict[str, Any]:
@@ -30,16 +31,27 @@ def read_manifest(out: Path) -> dict[str, Any]:
         )
     manifest = read_json(out / MANIFEST)
     version = manifest.get("format_version")
-    if manifest.get("format") != "tpgptq" or version != FORMAT_VERSION:
+    if manifest.get("format") != "tpgptq" or version not in FORMAT_VERSIONS:
         raise OutputError(
             f"{out / MANIFEST}: format {manifest.get('format')!r} version {version!r}; "
-            f"must be 'tpgptq' version {FORMAT_VERSION}",
+            f"must be 'tpgptq' version {' or '.join(map(str, FORMAT_VERSIONS))}",
             hint="use the version of tpgptq-convert that wrote it, or convert again",
         )
     problems = [f"{out / MANIFEST}: {problem}" for problem in _malformed(manifest)]
     if problems:
         raise OutputError(*problems, hint="the manifest is damaged; convert again")
     return manifest
+
+
+def format_version(modules: Mapping[str, Any]) -> int:
+    """The first version that can say what these modules are, for readers of that version."""
+    return 2 if any("bits" in module for module in modules.values()) else 1
+
+
+def bits_of(manifest: Mapping[str, Any], name: str) -> int | None:
+    """The bits of a module's weights; None if it isn't quantised."""
+    bits: int | None = manifest["modules"][name].get("bits", manifest["bits"])
+    return bits
 
 
 def _malformed(manifest: Mapping[str, Any]) -> Iterator[str]:
@@ -49,10 +61,10 @@ def _malformed(manifest: Mapping[str, Any]) -> Iterator[str]:
         yield f"tp is {tp!r}; must be a positive integer"
         return
     if layout not in LAYOUTS:
-        yield f"layout is {layout!r}; must be 'ranks' or 'merged'"
+        yield f"layout is {layout!r}; must be one of {LAYOUTS}"
         return
     files = manifest.get("files")
-    names = ("merged", "other") if layout == "merged" else ("shared", "other")
+    names = ("shared", "other") if layout == "ranks" else ("merged", "other")
     groups = [files.get(name) if isinstance(files, dict) else None for name in names]
     if layout == "ranks":
         ranks = files.get("ranks") if isinstance(files, dict) else None
@@ -69,8 +81,8 @@ def _malformed(manifest: Mapping[str, Any]) -> Iterator[str]:
     if len(listed) > len(set(listed)):
         yield "files names a file twice; each must be one rank's, or all ranks'"
     bits = manifest.get("bits")
-    if type(bits) is not int or bits < 1 or 32 % bits:
-        yield f"bits is {bits!r}; must divide 32"
+    if type(bits) is not int or bits not in BITS:
+        yield f"bits is {bits!r}; must be one of {BITS}"
         return
     if type(manifest.get("sym")) is not bool:
         yield f"sym is {manifest.get('sym')!r}; must be true or false"
@@ -89,13 +101,32 @@ def _malformed(manifest: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name}: parallel is {stated.get('parallel')!r}; must be 'column' or 'row'"
         elif type(stated.get("perm")) is not bool:
             yield f"{name}: perm is {stated.get('perm')!r}; must be true or false"
-        elif stated["in_features"] % stated["group_size"]:
+        elif layout != "gptq" and stated["in_features"] % stated["group_size"]:
             yield f"{name}: in_features must be a multiple of group_size"
-        elif any(stated[size] % (32 // bits) for size in ("in_features", "out_features")):
-            yield f"{name}: in_features and out_features must be multiples of {32 // bits}"
+        elif (own := stated.get("bits", bits)) not in (*BITS, None):
+            yield f"{name}: bits is {own!r}; must be one of {BITS}, or null"
+        elif own and any(stated[x] % pack_factor(own) for x in ("in_features", "out_features")):
+            yield f"{name}: in_features and out_features must be multiples of {pack_factor(own)}"
     for key in ("source", "heads", "intermediate"):
         if not isinstance(manifest.get(key), dict):
             yield f"{key} is {manifest.get(key)!r}; must be an object"
+    heads = manifest.get("heads")
+    if isinstance(heads, dict):
+        query, kv = heads.get("padded_query"), heads.get("padded_kv")
+        if not (type(query) is type(kv) is int and query > 0 and kv > 0):
+            yield "heads must state padded_query and padded_kv"
+        elif query % tp or (kv % tp and tp % kv) or query // tp % max(1, kv // tp):
+            yield f"heads: {query} query and {kv} kv heads can't be shared by {tp} ranks"
+
+
+def intermediate_sizes(
+    whole: Mapping[str, int], padded: Mapping[str, int]
+) -> dict[str, int | dict[str, int]]:
+    """What the manifest says of the MLPs' channels: of the first kind, and under their names of
+    the others; `whole` and `padded` have the same names."""
+    sizes = {name: {"size": whole[name], "padded": width} for name, width in padded.items()}
+    first = next(iter(sizes))
+    return {**sizes.pop(first), **sizes}
 
 
 def listed_files(manifest: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,11 +157,11 @@ def _inside(name: str) -> bool:
 def weight_files(manifest: Mapping[str, Any]) -> Iterator[tuple[int | None, Mapping[str, Any]]]:
     """(rank, files): None for the files that every rank reads."""
     files = manifest["files"]
-    if manifest["layout"] == "merged":
-        yield None, files["merged"]
-    else:
+    if manifest["layout"] == "ranks":
         yield None, files["shared"]
         yield from enumerate(files["ranks"])
+    else:
+        yield None, files["merged"]
 
 
 def wrong_tensors(
@@ -148,7 +179,7 @@ def wrong_tensors(
     for name, module in manifest["modules"].items():
         wanted: Mapping[str, TensorSpec] = {}
         if merged or rank is not None:
-            wanted = _module_tensors(manifest, module, specs.get(f"{name}.scales"))
+            wanted = _module_tensors(manifest, name, specs)
         for part, spec in wanted.items():
             found = specs.get(f"{name}.{part}")
             of_modules.add(f"{name}.{part}")
@@ -170,22 +201,20 @@ def wrong_tensors(
 
 
 def _module_tensors(
-    manifest: Mapping[str, Any], module: Mapping[str, Any], scales: TensorSpec | None
+    manifest: Mapping[str, Any], name: str, specs: Mapping[str, TensorSpec]
 ) -> dict[str, TensorSpec]:
     """A module's tensors in one rank's files, or in a merged output's; floats are given as F16."""
-    pack = 32 // manifest["bits"]
+    module, bits = manifest["modules"][name], bits_of(manifest, name)
     k, n, tp = module["in_features"], module["out_features"], manifest["tp"]
     groups = k // module["group_size"]
     if manifest["layout"] == "merged" and module["parallel"] == "row":
         k, groups = k * tp, groups * tp
     elif manifest["layout"] == "merged":  # kv heads that ranks share stand in it once
-        pieces = scales.shape[-1] // n if scales and scales.shape else tp
+        part, axis = ("weight", 0) if bits is None else ("scales", -1)
+        found = specs.get(f"{name}.{part}")
+        pieces = found.shape[axis] // n if found and found.shape else tp
         n *= pieces if pieces and tp % pieces == 0 else tp
-    tensors = {
-        "qweight": TensorSpec("I32", (k // pack, n)),
-        "qzeros": TensorSpec("I32", (groups, n // pack)),
-        "scales": TensorSpec("F16", (groups, n)),
-    }
+    tensors = layer_tensors(bits, k, n, groups, "F16")
     if module["perm"]:
         tensors["perm"] = TensorSpec("I32", (k,))
     if module["parallel"] == "column":

@@ -12,8 +12,11 @@ from tpgptq_convert.config import QuantConfig, zero_offset
 
 
 def unpack_rows(words: Tensor, bits: int) -> Tensor:
-    """(K/pf, N) int32 -> (K, N) uint8: row pf*i + j lies in the bits from bits*j of word i."""
+    """(K*bits/32, N) int32 -> (K, N) uint8: row i lies in the bits from bits*i of its column."""
     rows, columns = words.shape
+    if 8 % bits:  # some values begin in one octet and end in the next
+        single = unpack_rows(words, 1).view(-1, bits, columns)
+        return sum((single[:, j] << j for j in range(1, bits)), single[:, 0])
     octets = words.contiguous().view(torch.uint8).view(rows, columns, 4)
     octets = octets.permute(0, 2, 1).contiguous()
     fields, mask = 8 // bits, (1 << bits) - 1
@@ -24,7 +27,10 @@ def unpack_rows(words: Tensor, bits: int) -> Tensor:
 
 
 def pack_rows(values: Tensor, bits: int) -> Tensor:
-    """(K, N) uint8 -> (K/pf, N) int32, the inverse of `unpack_rows`."""
+    """(K, N) uint8 -> (K*bits/32, N) int32, the inverse of `unpack_rows`."""
+    if 8 % bits:
+        single = torch.stack([values >> j & 1 for j in range(bits)], dim=1)
+        return pack_rows(single.flatten(0, 1), 1)
     fields = 8 // bits
     octets = values[::fields].clone()
     for j in range(1, fields):
@@ -36,7 +42,10 @@ def pack_rows(values: Tensor, bits: int) -> Tensor:
 
 
 def unpack_cols(words: Tensor, bits: int) -> Tensor:
-    """(G, N/pf) int32 -> (G, N) uint8."""
+    """(G, N*bits/32) int32 -> (G, N) uint8."""
+    if 8 % bits:
+        words = words.T.clone(memory_format=torch.contiguous_format)
+        return unpack_rows(words, bits).T.contiguous()
     octets = words.clone(memory_format=torch.contiguous_format).view(torch.uint8)
     fields, mask = 8 // bits, (1 << bits) - 1
     shifted = [(octets >> (bits * j)).bitwise_and_(mask) for j in range(fields)]
@@ -44,7 +53,7 @@ def unpack_cols(words: Tensor, bits: int) -> Tensor:
 
 
 def pack_cols(values: Tensor, bits: int) -> Tensor:
-    """(G, N) uint8 -> (G, N/pf) int32, the inverse of `unpack_cols`."""
+    """(G, N) uint8 -> (G, N*bits/32) int32, the inverse of `unpack_cols`."""
     return pack_rows(values.T, bits).T.contiguous()
 
 

@@ -16,18 +16,23 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from tpgptq_convert.checkpoint import Checkpoint, IntArray, Layer
-from tpgptq_convert.config import Geometry, word_of
+from tpgptq_convert.config import Geometry, fields_of, words_of
 from tpgptq_convert.errors import CheckpointError, DegreeError, UnsupportedError
-from tpgptq_convert.families import Axis, Linear
+from tpgptq_convert.families import Axis, Cut, Linear
+from tpgptq_convert.served import limits
 from tpgptq_convert.source import TensorSpec
 
 ROW_GROUPS = (32, 16, 8)
 # Kernels want a shard's rows to be a multiple of this; rounded up to wherever rows are added.
 ROW_MULTIPLE = 128
+# Where heads don't divide: the tokens whose keys and values count beside the weights, at 16 bits.
+CACHED_TOKENS = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,6 +44,7 @@ class Shard:
     groups: IntArray
     group_size: int
     perm: IntArray | None
+    g_idx: IntArray | None = None  # (K_r,) each row's group, where a layout stores that
 
 
 def stacked(vectors: Sequence[IntArray]) -> IntArray:
@@ -50,7 +56,7 @@ def stacked(vectors: Sequence[IntArray]) -> IntArray:
 
 @dataclass(frozen=True)
 class Size:
-    """What the shards of one kind of layer have in common, on all ranks and in all blocks."""
+    """What the shards of layers of one kind have in common, on all ranks and in all blocks."""
 
     in_features: int  # K_r
     out_features: int  # N_r
@@ -58,42 +64,115 @@ class Size:
 
     @property
     def groups(self) -> int:
-        return self.in_features // self.group_size
+        return -(-self.in_features // self.group_size)
 
 
-def legal_degrees(geometry: Geometry) -> tuple[int, ...]:
-    """The degrees that cut the heads evenly: divisors of the kv heads, or multiples of them."""
-    heads, kv = geometry.heads, geometry.kv_heads
-    return tuple(
-        tp for tp in range(1, heads + 1) if heads % tp == 0 and (kv % tp == 0 or tp % kv == 0)
-    )
+@dataclass(frozen=True)
+class Heads:
+    """How heads are dealt: every rank has `kv` kv heads, and `each` query heads to each of them.
+
+    A kv head of the source stands in `copies` places, one after another, that share its query heads
+    out. Places beyond the last hold empty heads, and so do query heads that a place has too many.
+    """
+
+    geometry: Geometry
+    tp: int
+    kv: int
+    each: int
+
+    @property
+    def copies(self) -> int:
+        return -(-self.geometry.queries_per_kv // self.each)
+
+    @property
+    def query(self) -> int:
+        """Query heads of a rank."""
+        return self.kv * self.each
+
+    @property
+    def padded_query(self) -> int:
+        """Query heads on all ranks together, as a server counts them."""
+        return self.tp * self.query
+
+    @property
+    def padded_kv(self) -> int:
+        """The kv heads that a server deals to the ranks, or (fewer) gives to several of them."""
+        shared = self.kv == 1 and self.tp % self.copies == 0
+        return self.tp // self.copies if shared else self.tp * self.kv
+
+    @property
+    def replicas(self) -> int:
+        """How many ranks a server gives each kv head to."""
+        return max(1, self.tp // self.padded_kv)
+
+    @property
+    def padded(self) -> bool:
+        """Whether a server must count heads that the source doesn't have."""
+        whole = self.geometry.heads, self.geometry.kv_heads
+        return (self.padded_query, self.padded_kv) != whole
+
+    @property
+    def idle_ranks(self) -> int:
+        """Ranks whose heads are all empty."""
+        return self.tp - -(-self.geometry.kv_heads * self.copies // self.kv)
+
+    def cost(self, bits: int) -> int:
+        """What a rank reads for a token, as a multiple of what each plan of a model shares: rows
+        and columns of each head in `bits` bits, and the keys and values of CACHED_TOKENS tokens.
+        """
+        return self.kv * ((self.each + 1) * self.geometry.hidden * bits + CACHED_TOKENS * 16)
+
+    def of_rank(self, rank: int) -> tuple[IntArray, IntArray]:
+        """The source's query heads (query,) and kv heads (kv,) on a rank; -1 for an empty one."""
+        group = self.geometry.queries_per_kv
+        head, part = np.divmod(np.arange(rank * self.kv, (rank + 1) * self.kv), self.copies)
+        real = head < self.geometry.kv_heads
+        within = part[:, None] * self.each + np.arange(self.each)
+        query = np.where(real[:, None] & (within < group), head[:, None] * group + within, -1)
+        return query.reshape(-1).astype(np.int32), np.where(real, head, -1).astype(np.int32)
+
+
+def deal_heads(geometry: Geometry, tp: int, bits: int) -> Heads:
+    """The dealing that costs a rank the least; where heads divide, they are dealt evenly.
+
+    Either whole kv heads with their query heads are dealt, or kv heads are copied and their query
+    heads shared out; empty heads fill what is left.
+    """
+
+    def dealt(each: int) -> Heads:
+        places = geometry.kv_heads * -(-geometry.queries_per_kv // each)
+        together = geometry.heads_together
+        return Heads(geometry, tp, -(-places // (tp * together)) * together, each)
+
+    choices = map(dealt, range(geometry.queries_per_kv, 0, -1))
+    return min(choices, key=lambda heads: heads.cost(bits))
 
 
 def make_plans(
-    checkpoint: Checkpoint, degrees: Iterable[int], row_group: int = ROW_GROUPS[0]
+    checkpoint: Checkpoint,
+    degrees: Iterable[int],
+    row_group: int = ROW_GROUPS[0],
+    kind: type[Plan] | None = None,
 ) -> list[Plan]:
-    """A plan for each degree; raises DegreeError, naming the legal ones, if one is not legal."""
-    degrees = list(degrees)
-    geometry = checkpoint.geometry
-    legal = legal_degrees(geometry)
-    wrong = [tp for tp in degrees if tp not in legal]
-    if wrong:
-        raise DegreeError(
-            *(
-                f"tp {tp}: can't share out {geometry.heads} query and {geometry.kv_heads} kv heads "
-                f"evenly; must be one of {', '.join(map(str, legal))}"
-                for tp in wrong
-            ),
-            hint="`tpgptq inspect` says what each of these degrees costs",
-        )
-    plans = [Plan(checkpoint, tp, row_group) for tp in degrees]
-    pack = checkpoint.quant.pack_factor
+    """A plan for each degree; raises DegreeError where one can't be."""
+    degrees, most = list(degrees), checkpoint.most_ranks
     problems = [
-        f"tp {plan.tp}: {name} would have {count} {what} per rank; must be a multiple of {pack}"
+        f"tp {tp}: must be from 1 to {most}"
+        f"{'; more ranks have neither a head nor a group of rows' if tp > most else ''}"
+        for tp in degrees
+        if not 1 <= tp <= most
+    ]
+    if problems:
+        raise DegreeError(*problems, hint="`tpgptq inspect` says what each degree costs")
+    plans = [(kind or Plan)(checkpoint, tp, row_group) for tp in degrees]
+    problems = [
+        f"tp {plan.tp}: {name} would have {count} {what} per rank; must be a multiple of "
+        f"{layers[0].pack_factor}"
         for plan in plans
-        for name, size in plan.sizes.items()
+        for name, layers in checkpoint.kinds.items()
+        for size in [plan.sizes[name]]
         for what, count in (("rows", size.in_features), ("columns", size.out_features))
-        if count % pack
+        if count % layers[0].pack_factor and (what == "rows" or layers[0].quant)
     ]
     if problems:
         raise DegreeError(*problems, hint="use a smaller --tp")
@@ -110,43 +189,57 @@ class Plan:
 
     @cached_property
     def sizes(self) -> Mapping[str, Size]:
-        """The shard sizes of each kind of layer, by its name in the table."""
+        """The shard sizes of each kind of layer."""
         return {
-            linear.name: Size(rows, linear.width(self._widths), group_size)
-            for linear, (rows, group_size) in self._input_sizes.items()
+            kind: Size(rows, self._linears[kind].width(self._widths), group_size)
+            for kind, (rows, group_size) in self._input_sizes.items()
         }
 
     @cached_property
-    def _input_sizes(self) -> Mapping[Linear, tuple[int, int]]:
-        return {linear: self._input_size(linear) for linear in self.checkpoint.family.linears}
+    def _linears(self) -> Mapping[str, Linear]:
+        """A layer of each kind."""
+        return {kind: layers[0].linear for kind, layers in self.checkpoint.kinds.items()}
 
     @cached_property
-    def _widths(self) -> Mapping[Axis, int]:
-        """Channels of each axis that a rank has, padding included."""
-        widths = {linear.reads: rows for linear, (rows, _) in self._input_sizes.items()}
-        for axis in (Axis.HIDDEN, Axis.QUERY, Axis.KV):
-            widths[axis] = len(self._channels(axis, 0))
-        return widths
+    def _input_sizes(self) -> Mapping[str, tuple[int, int]]:
+        return {kind: self._input_size(layers) for kind, layers in self.checkpoint.kinds.items()}
+
+    @cached_property
+    def _widths(self) -> Mapping[str, int]:
+        """Channels of each axis that a rank has, padding included, by the axis's name."""
+        fixed = {axis.name: len(ranks[0]) for axis, ranks in self._channels.items()}
+        return fixed | self._free_widths
 
     @property
-    def replicas(self) -> int:
-        """How many ranks hold each kv head."""
-        return max(1, self.tp // self.checkpoint.geometry.kv_heads)
+    def shards(self) -> int:
+        """How many shards of a layer there are."""
+        return self.tp
+
+    @cached_property
+    def heads(self) -> Heads:
+        """Which heads each rank has."""
+        return deal_heads(self.checkpoint.geometry, self.tp, self.checkpoint.quant.bits)
+
+    def _copies(self, linear: Linear) -> int:
+        """How many ranks hold the same columns of a layer."""
+        axis = linear.writes[0]
+        if linear.fused or linear.parallel == "row":
+            return 1
+        return self.tp if axis.whole else self.heads.replicas if axis is Axis.KV else 1
 
     def block(self, index: int) -> dict[str, tuple[Shard, ...]]:
         """The shards of every layer of a block, by the layer's name, rank after rank."""
         layers = self.checkpoint.blocks[index]
         inputs = {layer.linear: self._inputs(layer) for layer in layers}
-        channels = {axis: self._all_channels(axis) for axis in (Axis.HIDDEN, Axis.QUERY, Axis.KV)}
-        # The MLP's channels take the order of the rows of the layer that reads them.
-        channels |= {
+        # Free channels take the order of the rows of the layer that reads them.
+        channels = dict(self._channels) | {
             linear.reads: [rows for rows, _ in ranks]
             for linear, ranks in inputs.items()
-            if linear.reads is Axis.MLP
+            if linear.reads.free
         }
         shards = {}
         for layer in layers:
-            group_size = self.sizes[layer.linear.name].group_size
+            group_size = self.sizes[layer.kind].group_size
             perms = self._perms(layer, inputs[layer.linear])
             cols = [
                 self._columns(layer.linear, {axis: ranks[rank] for axis, ranks in channels.items()})
@@ -161,9 +254,9 @@ class Plan:
 
     def _columns(self, linear: Linear, channels: Mapping[Axis, IntArray]) -> IntArray:
         """The source columns (N_r,) of the channels that a rank has, in the order of its own."""
-        head_dim = self.checkpoint.geometry.head_dim
-        source = linear.places(self.checkpoint.widths, head_dim)
-        own = linear.places(self._widths, head_dim)
+        sizes = self.checkpoint.geometry.sizes
+        source = linear.places(self.checkpoint.widths, sizes)
+        own = linear.places(self._widths, sizes)
         cols = np.empty(linear.width(self._widths), np.int32)
         for axis, whole, places in zip(linear.writes, source, own, strict=True):
             of_part = channels[axis]
@@ -172,42 +265,42 @@ class Plan:
 
     def tensors(self, layer: Layer) -> dict[str, TensorSpec]:
         """The tensors that one rank stores of a layer, by the last part of their names."""
-        size, pack = self.sizes[layer.linear.name], self.checkpoint.quant.pack_factor
-        k, n, groups = size.in_features, size.out_features, size.groups
-        tensors = {
-            "qweight": TensorSpec("I32", (k // pack, n)),
-            "qzeros": TensorSpec("I32", (groups, n // pack)),
-            "scales": TensorSpec(layer.scales.dtype, (groups, n)),
-        }
+        size = self.sizes[layer.kind]
+        k, n = size.in_features, size.out_features
+        tensors = layer.tensors(k, n, size.groups)
         if self.has_perm(layer):
             tensors["perm"] = TensorSpec("I32", (k,))
-        if layer.bias and layer.linear.parallel == "column":
-            tensors["bias"] = TensorSpec(layer.bias.dtype, (n,))
+        if layer.column_bias:
+            tensors["bias"] = TensorSpec(layer.column_bias.dtype, (n,))
         return tensors
 
     def merged_tensors(self, layer: Layer) -> dict[str, TensorSpec]:
         """The tensors of all ranks' shards as one; see `merged`."""
         column = layer.linear.parallel == "column"
-        times = self.tp // (self.replicas if layer.linear.writes == (Axis.KV,) else 1)
+        times = self.tp // self._copies(layer.linear)
 
         def grown(part: str, spec: TensorSpec) -> TensorSpec:
-            if not column:
-                return TensorSpec(spec.dtype, (spec.shape[0] * times, *spec.shape[1:]))
-            if part == "perm":
+            if column and part == "perm":
                 return spec
-            return TensorSpec(spec.dtype, (*spec.shape[:-1], spec.shape[-1] * times))
+            if column != (part == "weight"):  # (N, K), all others end with N
+                return TensorSpec(spec.dtype, (*spec.shape[:-1], spec.shape[-1] * times))
+            return TensorSpec(spec.dtype, (spec.shape[0] * times, *spec.shape[1:]))
 
         return {part: grown(part, spec) for part, spec in self.tensors(layer).items()}
 
+    @cached_property
+    def mlps(self) -> dict[str, int]:
+        """Channels of each free axis on all ranks together, padding included, by its name."""
+        return {
+            linear.reads.name: self.sizes[kind].in_features * self.shards
+            for kind, linear in self._linears.items()
+            if linear.reads.free
+        }
+
     @property
     def intermediate(self) -> int:
-        """Channels of the MLP on all ranks together, padding included."""
-        linears = self.checkpoint.family.linears
-        return sum(
-            self.sizes[linear.name].in_features * self.tp
-            for linear in linears
-            if linear.reads is Axis.MLP
-        )
+        """The first of them."""
+        return next(iter(self.mlps.values()))
 
     @cached_property
     def rank_bytes(self) -> int:
@@ -220,40 +313,56 @@ class Plan:
     def growth(self) -> float:
         """Weights stored on all ranks together, as a multiple of the source's."""
         stored = source = 0
-        for layer in self.checkpoint.blocks[0]:
-            size = self.sizes[layer.linear.name]
-            stored += size.in_features * size.out_features * self.tp
+        for layer in self.checkpoint.layers:
+            size = self.sizes[layer.kind]
+            stored += size.in_features * size.out_features * self.shards
             source += layer.in_features * layer.out_features
         return stored / source
 
     @property
+    def config(self) -> dict[str, Any]:
+        """config.json with the padded sizes, still with the source's quantisation."""
+        family, heads = self.checkpoint.family, self.heads
+        config = family.resized(self.checkpoint.config, self.mlps)
+        return family.with_heads(
+            config, self.checkpoint.geometry, heads.padded_query, heads.padded_kv
+        )
+
+    @property
     def notes(self) -> list[str]:
         """What a person should know before choosing this plan."""
-        notes = []
+        notes, heads = [], self.heads
+        if heads.padded:
+            copied = "kv heads are copied, and " if heads.copies > 1 else ""
+            notes.append(f"heads don't divide: {copied}some are empty")
+        if heads.idle_ranks:
+            notes.append("some ranks have no heads at all, and nothing but a part of the MLP to do")
         for layer in self.checkpoint.blocks[0]:
-            if layer.linear.reads is not Axis.QUERY:
+            if layer.linear.reads.cut is not Cut.HEADS:
                 continue
             grown = self._growth_of(layer)
-            smaller = {
-                option: Plan(self.checkpoint, self.tp, option)._growth_of(layer)
+            smaller = [
+                str(option)
                 for option in ROW_GROUPS
                 if option < self.row_group
-            }
-            if grown > 1 + (self.tp - 1) / 2 and min(smaller.values(), default=grown) < grown:
-                choices = ", ".join(f"--row-group {o} {g:.2f}" for o, g in smaller.items())
+                and Plan(self.checkpoint, self.tp, option)._growth_of(layer) < grown
+            ]
+            if smaller and grown > 1 + (self.tp - 1) / 2:
                 notes.append(
-                    f"tp {self.tp}: {layer.linear.name} stores {grown:.2f} times the source's rows "
-                    f"({choices} times, for engines that take such groups)"
+                    f"{layer.kind} stores more than (tp + 1) / 2 times the source's rows; "
+                    f"--row-group {' or '.join(smaller)} stores less, for engines that take such "
+                    "groups"
                 )
-        return notes
+        return [*notes, *limits(self.config, self.tp)]
 
     def _growth_of(self, layer: Layer) -> float:
-        return self.sizes[layer.linear.name].in_features * self.tp / layer.in_features
+        rows, _ = self._input_size(self.checkpoint.kinds[layer.kind])
+        return rows * self.tp / layer.in_features
 
     def merged(self, layer: Layer, shards: Sequence[Shard]) -> Shard:
         """All ranks' shards as one, in rank order; kv heads that ranks share stand in it once."""
         if layer.linear.parallel == "column":
-            once = shards[:: self.replicas] if layer.linear.writes == (Axis.KV,) else shards
+            once = shards[:: self._copies(layer.linear)]
             cols = np.concatenate([shard.cols for shard in once])
             first = shards[0]
             return Shard(first.rows, cols, first.groups, first.group_size, first.perm)
@@ -268,11 +377,15 @@ class Plan:
 
     def has_perm(self, layer: Layer) -> bool:
         """Whether the shards of a layer gather their input."""
-        if layer.linear.reads is Axis.MLP:
+        if layer.linear.reads.free:
             return False
-        channels = self._all_channels(layer.linear.reads)
-        return self.sizes[layer.linear.name].in_features != len(channels[0]) or any(
-            bool((np.diff(layer.g_idx[rows]) < 0).any()) for rows in channels
+        channels = self._channels[layer.linear.reads]
+        if self.sizes[layer.kind].in_features != len(channels[0]):
+            return True
+        if layer.linear.reads.whole:
+            return layer.scattered
+        return any(
+            bool((rows < 0).any() or (np.diff(layer.g_idx[rows]) < 0).any()) for rows in channels
         )
 
     def _perms(
@@ -281,51 +394,81 @@ class Plan:
         """Position of each shard row in the rank's input; padding rows read its first element."""
         if not self.has_perm(layer):
             return [None] * self.tp
-        channels = self._all_channels(layer.linear.reads)
-        return [
-            np.maximum(rows - own[0], 0) for (rows, _), own in zip(inputs, channels, strict=True)
-        ]
+        perms: list[IntArray | None] = []
+        for (rows, _), own in zip(inputs, self._channels[layer.linear.reads], strict=True):
+            position = np.zeros(layer.in_features + 1, np.int32)
+            position[own] = np.arange(len(own))
+            perms.append(np.where(rows < 0, 0, position[rows]).astype(np.int32))
+        return perms
 
-    def _all_channels(self, axis: Axis) -> list[IntArray]:
-        return [self._channels(axis, rank) for rank in range(self.tp)]
-
-    def _channels(self, axis: Axis, rank: int) -> IntArray:
-        """The channels of an axis that the model's own order gives to a rank."""
-        geometry = self.checkpoint.geometry
-        if axis is Axis.HIDDEN:
-            start, count = 0, geometry.hidden
-        elif axis is Axis.QUERY:
-            count = geometry.heads // self.tp * geometry.head_dim
-            start = rank * count
-        elif axis is Axis.KV:
-            count = max(1, geometry.kv_heads // self.tp) * geometry.head_dim
-            start = rank // self.replicas * count
-        else:
-            raise ValueError(f"the order of {axis} is the planner's to choose")
-        return np.arange(start, start + count, dtype=np.int32)
-
-    def _input_size(self, linear: Linear) -> tuple[int, int]:
-        """K_r and group size of a kind of layer: the most that any rank of any block needs."""
-        layers = self.checkpoint.layers_of(linear)
-        total = layers[0].in_features
-        parts = 1 if linear.parallel == "column" else self.tp
-        natural = total // parts
-        if layers[0].groups == 1:  # a column is one group, of whatever length
-            if total % (parts * self.checkpoint.quant.pack_factor):
-                natural = _round_up(-(-total // parts), ROW_MULTIPLE)
-            return natural, natural
-        if linear.reads is not Axis.QUERY:
-            unit = layers[0].group_size
-            most = max(int(_padded_counts(layer.g_idx, unit).sum()) for layer in layers)
-            if linear.reads is Axis.MLP:  # whole groups are dealt to the ranks
-                most = -(-most // (unit * self.tp)) * unit
-            return _row_count(most, natural, unit), unit
-        rows = {
-            unit: _row_count(self._bucketed_rows(layers, unit), natural, unit)
-            for unit in self._row_units(layers[0])
+    @cached_property
+    def _channels(self) -> Mapping[Axis, list[IntArray]]:
+        """The channels of each rank, -1 for an empty head's, where the model fixes their order."""
+        sizes, widths = self.checkpoint.geometry.sizes, self.checkpoint.widths
+        heads = [self.heads.of_rank(rank) for rank in range(self.tp)]
+        axes = {
+            axis
+            for linear in self._linears.values()
+            for axis in (linear.reads, *linear.writes)
+            if not axis.free
         }
-        unit = max(unit for unit in rows if rows[unit] == min(rows.values()))
-        return rows[unit], unit
+        return {
+            axis: [np.arange(widths[axis.name], dtype=np.int32)] * self.tp
+            if axis.whole
+            else [
+                _channels_of(kv if axis is Axis.KV else query, sizes[axis.name])
+                for query, kv in heads
+            ]
+            for axis in axes
+        }
+
+    def _input_size(self, layers: Sequence[Layer]) -> tuple[int, int]:
+        """K_r and group size of a kind of layer: the most that any rank of any block needs."""
+        first, axis = layers[0], layers[0].linear.reads
+        if axis.free:
+            rows = self._free_widths[axis.name]
+            return rows, rows if first.groups == 1 else first.group_size
+        natural, pack = len(self._channels[axis][0]), first.pack_factor
+        if first.groups == 1:  # a column is one group, of whatever length
+            rows = _round_up(natural, math.lcm(pack, ROW_MULTIPLE)) if natural % pack else natural
+            return rows, rows
+        if axis.whole:
+            unit = first.group_size
+            most = max(layer.padded_rows for layer in layers)
+            return _row_count(most, natural, math.lcm(unit, pack)), unit
+        counts = [self._rows_of_ranks(layer) for layer in layers]
+        rows_of = {
+            unit: _row_count(
+                max(_most_rows(count, unit) for count in counts), natural, math.lcm(unit, pack)
+            )
+            for unit in self._row_units(first)
+        }
+        unit = max(unit for unit in rows_of if rows_of[unit] == min(rows_of.values()))
+        return rows_of[unit], unit
+
+    @cached_property
+    def _free_widths(self) -> dict[str, int]:
+        """Channels of each free axis that a rank has, by its name: K_r of what reads, N_r of what
+        writes it.
+
+        In all blocks the same, however each layer is quantised: config.json has one width.
+        """
+        most = dict.fromkeys(self.checkpoint.mlps, 0)
+        multiples: dict[str, int] = {}
+        for layer in self.checkpoint.layers:
+            reads = layer.linear.reads
+            units = {axis.name: layer.pack_factor for axis in layer.linear.writes if layer.quant}
+            if reads.free:
+                unit = 1 if layer.groups == 1 else layer.group_size
+                needed = layer.in_features if layer.groups == 1 else layer.padded_rows
+                most[reads.name] = max(most[reads.name], -(-needed // (unit * self.tp)) * unit)
+                units[reads.name] = math.lcm(layer.pack_factor, unit)
+            for name, unit in units.items():
+                multiples[name] = math.lcm(multiples.get(name, 1), unit)
+        return {
+            name: _row_count(rows, self.checkpoint.mlps[name] // self.tp, multiples[name])
+            for name, rows in most.items()
+        }
 
     def _row_units(self, layer: Layer) -> list[int]:
         """Group sizes that attention output rows may have: from row_group to the source's own."""
@@ -334,35 +477,36 @@ class Plan:
             units.append(units[-1] // 2)
         return units
 
-    def _bucketed_rows(self, layers: Sequence[Layer], unit: int) -> int:
-        """Rows on the fullest rank where each (group, rank) bucket is padded to whole units."""
-        return max(
-            int(_padded_counts(layer.g_idx[self._channels(Axis.QUERY, rank)], unit).sum())
-            for layer in layers
-            for rank in range(self.tp)
-        )
+    def _rows_of_ranks(self, layer: Layer) -> NDArray[np.int64]:
+        """Attention output rows of each group on each rank, (ranks, G)."""
+        rank = np.empty(layer.in_features + 1, np.int32)  # of each row; the last is for no row
+        for index, own in enumerate(self._channels[layer.linear.reads]):
+            rank[own] = index
+        buckets = rank[:-1] * layer.groups + layer.g_idx
+        return np.bincount(buckets, minlength=self.tp * layer.groups).reshape(self.tp, -1)
 
     def _inputs(self, layer: Layer) -> list[tuple[IntArray, IntArray]]:
         """(rows, groups) of each rank."""
-        axis, size = layer.linear.reads, self.sizes[layer.linear.name]
+        axis, size = layer.linear.reads, self.sizes[layer.kind]
         rows_per_rank = size.in_features
         whole = layer.groups == 1  # a column is one group, however many rows a rank has of it
-        unit = self.checkpoint.quant.pack_factor if whole else size.group_size
-        if axis is Axis.MLP:
+        unit = 1 if whole else size.group_size
+        if axis.free:
             everything = np.arange(layer.in_features, dtype=np.int32)
-            rows, groups = _by_group(everything, layer.g_idx, unit, rows_per_rank * self.tp)
+            rows, groups = by_group(everything, layer.g_idx, unit, rows_per_rank * self.tp)
             ranks = list(zip(np.split(rows, self.tp), np.split(groups, self.tp), strict=True))
-        elif axis is Axis.HIDDEN:  # the same rows on every rank
-            own = self._channels(axis, 0)
-            ranks = [_by_group(own, layer.g_idx, unit, rows_per_rank)] * self.tp
+        elif axis.whole:  # the same rows on every rank
+            own = self._channels[axis][0]
+            ranks = [by_group(own, layer.g_idx, unit, rows_per_rank)] * self.tp
         else:
             ranks = [
-                _by_group(own, layer.g_idx, unit, rows_per_rank) for own in self._all_channels(axis)
+                by_group(own[own >= 0], layer.g_idx, unit, rows_per_rank)
+                for own in self._channels[axis]
             ]
         return [(rows, groups[:1] if whole else groups) for rows, groups in ranks]
 
 
-def _by_group(rows: IntArray, g_idx: IntArray, unit: int, size: int) -> tuple[IntArray, IntArray]:
+def by_group(rows: IntArray, g_idx: IntArray, unit: int, size: int) -> tuple[IntArray, IntArray]:
     """Sort rows by group, pad each group's rows to whole units, and the whole to `size`.
 
     Returns (size,) rows and (size/unit,) groups, -1 for padding. The sort is stable.
@@ -378,9 +522,15 @@ def _by_group(rows: IntArray, g_idx: IntArray, unit: int, size: int) -> tuple[In
     return out, groups
 
 
-def _padded_counts(g_idx: IntArray, unit: int) -> IntArray:
-    """Rows of each group, each rounded up to whole units."""
-    return (-(-np.bincount(g_idx) // unit) * unit).astype(np.int32)
+def _channels_of(heads: IntArray, head_dim: int) -> IntArray:
+    """The channels of heads, -1 for those of an empty one."""
+    channels = heads[:, None] * head_dim + np.arange(head_dim, dtype=np.int32)
+    return np.where(heads[:, None] < 0, np.int32(-1), channels).reshape(-1)
+
+
+def _most_rows(counts: NDArray[np.int64], unit: int) -> int:
+    """The most rows on a rank, of counts (ranks, G), each group's padded to whole units."""
+    return int((-(-counts // unit) * unit).sum(axis=1).max())
 
 
 def _round_up(value: int, multiple: int) -> int:
@@ -388,11 +538,13 @@ def _round_up(value: int, multiple: int) -> int:
 
 
 def _row_count(needed: int, natural: int, unit: int) -> int:
-    """K_r: the natural size where nothing is added, else a multiple that kernels want."""
-    return natural if needed == natural else _round_up(needed, math.lcm(unit, ROW_MULTIPLE))
+    """K_r, of whole units: the natural size where it will do, else a multiple that kernels want."""
+    if needed == natural and natural % unit == 0:
+        return natural
+    return _round_up(needed, math.lcm(unit, ROW_MULTIPLE))
 
 
-def check_layout(checkpoint: Checkpoint, layout: str) -> None:
+def check_layout(checkpoint: Checkpoint, layout: str, degrees: Iterable[int]) -> None:
     """Raise UnsupportedError where a checkpoint can't be written in this layout."""
     fused = [linear.name for linear in checkpoint.family.linears if linear.fused]
     if layout == "merged" and fused:
@@ -401,43 +553,85 @@ def check_layout(checkpoint: Checkpoint, layout: str) -> None:
             "several layers in one; must be one each, so that a server can slice them",
             hint="use --layout ranks",
         )
+    cut_by_servers = layout == "gptq" or (
+        layout == "merged" and not checkpoint.family.states_head_dim
+    )
+    bits = checkpoint.quant.bits
+    problems = [
+        f"--layout {layout}: tp {tp} needs empty heads, which this layout can't have with "
+        f"{checkpoint.config['model_type']}; must divide the heads"
+        for tp in degrees
+        if cut_by_servers and tp > 0 and deal_heads(checkpoint.geometry, tp, bits).padded
+    ]
+    if problems:
+        raise UnsupportedError(*problems, hint="use --layout ranks")
+    if layout != "gptq":
+        return
+    experts = [kind for kind, layers in checkpoint.kinds.items() if layers[0].linear.of_experts]
+    if experts:
+        raise UnsupportedError(
+            f"--layout gptq: {' and '.join(experts)} are experts, whose layers servers give one "
+            "desc_act in common; must be a dense MLP, whose last layer can have one of its own",
+            hint="use --layout ranks",
+        )
+    head = checkpoint.family.head_linear
+    mixed = [
+        kind
+        for kind, layers in checkpoint.kinds.items()
+        if kind != layers[0].linear.kind or layers[0].linear == head
+    ]
+    if mixed:
+        raise UnsupportedError(
+            f"--layout gptq: {' and '.join(mixed)} are not quantised as the rest; must be, since "
+            "the rules that say so would stand beside the one for the MLP",
+            hint="use --layout ranks",
+        )
+    readers = checkpoint.mlp_readers
+    if not any(layer.act_order for layer in readers):
+        raise UnsupportedError(
+            f"--layout gptq: no {readers[0].linear.name} is act-ordered; must be at least one, or "
+            "there is nothing to fold",
+            hint="use --layout ranks, or the checkpoint as it is",
+        )
 
 
 def check_zero_points(checkpoint: Checkpoint, plans: Sequence[Plan]) -> bool:
-    """Whether every zero point is neutral; reads qzeros, which `inspect` doesn't.
+    """Whether every layer is symmetric; reads qzeros, which `inspect` doesn't.
 
-    Raises CheckpointError where they can't be converted. A checkpoint that says sym must have
+    Raises CheckpointError where they can't be converted. A layer that is said to be sym must have
     neutral zero points throughout, since kernels then don't read them. A padding row must hold its
     group's zero point, which it can't where the "gptq" format stores the largest field: that
     stands for one more than a value can be.
     """
-    quant = checkpoint.quant
-    words = {
-        layer.name: checkpoint.source.array(f"{layer.name}.qzeros").view(np.uint32)
-        for layer in checkpoint.layers
+    quantised = [layer for layer in checkpoint.layers if layer.quant]
+    quants = {layer.name: layer.quant for layer in quantised if layer.quant}
+    words = {x.name: checkpoint.part(x, "qzeros").view(np.uint32) for x in quantised}
+    odd = {
+        name
+        for name, quant in quants.items()
+        if (words[name] != words_of(quant.stored_neutral, quant.bits, words[name].shape[1])).any()
     }
-    neutral_word = word_of(quant.stored_neutral, quant.bits)
-    odd = [name for name, fields in words.items() if (fields != neutral_word).any()]
-    if quant.sym and odd:
+    wrong = [name for name, quant in quants.items() if quant.sym and name in odd]
+    if wrong:
         raise CheckpointError(
             *(
-                f"{name}.qzeros: holds zero points other than {quant.neutral}; must not, since the "
-                "config says sym: true"
-                for name in odd
+                f"{name}.qzeros: holds zero points other than {quants[name].neutral}; must not, "
+                "since the config says sym: true"
+                for name in wrong
             ),
             hint="correct sym in the quantisation config",
         )
     problems = []
-    largest = (1 << quant.bits) - 1
-    for plan in plans if odd and quant.checkpoint_format == "gptq" else ():
+    for plan in plans if odd and checkpoint.quant.checkpoint_format == "gptq" else ():
         for index, block in enumerate(checkpoint.blocks):
             shards = plan.block(index)
             for layer in block:
+                if layer.name not in odd:
+                    continue
+                bits = quants[layer.name].bits
                 fields = words[layer.name][_groups_with_padding(shards[layer.name])]
-                count = sum(
-                    int((fields >> shift & largest == largest).sum())
-                    for shift in range(0, 32, quant.bits)
-                )
+                largest = (1 << bits) - 1
+                count = int((fields_of(fields, bits) == largest).sum())
                 if count:
                     problems.append(
                         f"{layer.name}.qzeros: {count} zero points are stored as {largest} in "
@@ -448,13 +642,14 @@ def check_zero_points(checkpoint: Checkpoint, plans: Sequence[Plan]) -> bool:
         raise CheckpointError(
             *problems, hint="use --tp 1, or save the source with checkpoint_format gptq_v2 first"
         )
-    return not odd if quant.sym is None else quant.sym
+    return all(
+        name not in odd if quant.sym is None else quant.sym for name, quant in quants.items()
+    )
 
 
 def _groups_with_padding(shards: Sequence[Shard]) -> list[int]:
     """The source groups that share a shard group with padding rows."""
     found: set[int] = set()
     for shard in shards:
-        padded = (shard.rows.reshape(-1, shard.group_size) < 0).any(axis=1)
-        found.update(shard.groups[padded & (shard.groups >= 0)].tolist())
-    return sorted(found)
+        found.update(shard.groups[np.flatnonzero(shard.rows < 0) // shard.group_size].tolist())
+    return sorted(found - {-1})

@@ -64,7 +64,7 @@ class Processes:
             raise OutputError(
                 f"process {self.rank} lost the others ({str(error).splitlines()[0]}); all must "
                 "stay until the end",
-                hint="an error above may be the cause; nothing was left behind",
+                hint="an error above may be the cause",
             ) from None
         return values
 
@@ -82,7 +82,14 @@ def joined() -> Iterator[Processes]:
         return
     import torch.distributed as dist
 
-    dist.init_process_group("gloo", timeout=PATIENCE)
+    try:
+        dist.init_process_group("gloo", timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise OutputError(
+            f"this process could not join the others ({str(error).splitlines()[0]}); all must "
+            "reach each other",
+            hint="start it with torchrun, on machines that see each other's addresses",
+        ) from None
     try:
         yield Processes(dist.get_rank(), dist.get_world_size(), int(os.environ["LOCAL_RANK"]))
     finally:

@@ -7,7 +7,7 @@ Integers are moved, never computed anew; the same input gives the same bytes on 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tpgptq_convert.checkpoint import Checkpoint, IntArray, Layer
-from tpgptq_convert.config import QuantConfig, zero_offset
+from tpgptq_convert.config import QuantConfig, fields_of, zero_offset
 from tpgptq_convert.errors import CheckpointError
 from tpgptq_convert.plan import Shard, stacked
 from tpgptq_convert.source import Allocate, Bytes, pageable
@@ -28,30 +28,60 @@ EXPONENTS = {"F16": 0x7C00, "BF16": 0x7F80, "F32": 0x7F800000}
 
 @dataclass(frozen=True, eq=False)
 class Packed:
-    """A layer's tensors as they are stored; floats that numpy doesn't know as their bits."""
+    """A layer's tensors as GPTQ stores them; floats that numpy doesn't know as their bits."""
 
-    qweight: Array  # (K/pf, N) int32
-    qzeros: Array  # (G, N/pf) int32
+    qweight: Array  # (K*bits/32, N) int32
+    qzeros: Array  # (G, N*bits/32) int32
     scales: Array  # (G, N)
     bias: Array | None = None  # (N,), of a column-parallel layer
 
     @classmethod
     def read(cls, checkpoint: Checkpoint, layer: Layer, allocate: Allocate = pageable) -> Packed:
-        """A layer of the source; raises CheckpointError if its scales are not finite."""
+        """A layer of the source; raises CheckpointError if scales or bias are not finite."""
+        qweight, qzeros, scales = (
+            checkpoint.part(layer, part, allocate) for part in ("qweight", "qzeros", "scales")
+        )
+        _check_finite(f"{layer.name}.{checkpoint.form.names['scales']}", layer.dtype, scales)
+        return cls(qweight, qzeros, scales, _bias(checkpoint, layer, allocate))
 
-        def array(part: str) -> Array:
-            return checkpoint.source.array(f"{layer.name}.{part}", allocate)
 
-        scales = array("scales")
-        bits = scales.view(f"u{scales.itemsize}")
-        exponent = EXPONENTS[layer.scales.dtype]
-        if ((bits & exponent) == exponent).any():
-            raise CheckpointError(
-                f"{layer.name}.scales: holds NaN or infinity; must be finite",
-                hint="the file may be damaged; fetch it again",
-            )
-        biased = layer.bias and layer.linear.parallel == "column"
-        return cls(array("qweight"), array("qzeros"), scales, array("bias") if biased else None)
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """The same of a layer that isn't quantised."""
+
+    weight: Array  # (N, K)
+    bias: Array | None = None
+
+    @classmethod
+    def read(cls, checkpoint: Checkpoint, layer: Layer, allocate: Allocate = pageable) -> Dense:
+        """A layer of the source; raises CheckpointError if weight or bias are not finite."""
+        weight = checkpoint.source.array(f"{layer.name}.weight", allocate)
+        _check_finite(f"{layer.name}.weight", layer.dtype, weight)
+        return cls(weight, _bias(checkpoint, layer, allocate))
+
+
+def _bias(checkpoint: Checkpoint, layer: Layer, allocate: Allocate) -> Array | None:
+    if layer.column_bias is None:
+        return None
+    bias = checkpoint.source.array(f"{layer.name}.bias", allocate)
+    _check_finite(f"{layer.name}.bias", layer.column_bias.dtype, bias)
+    return bias
+
+
+def _check_finite(name: str, dtype: str, floats: Array) -> None:
+    bits, exponent = floats.view(f"u{floats.itemsize}"), EXPONENTS[dtype]
+    if ((bits & exponent) == exponent).any():
+        raise CheckpointError(
+            f"{name}: holds NaN or infinity; must be finite",
+            hint="the file may be damaged; fetch it again",
+        )
+
+
+def read_layer(
+    checkpoint: Checkpoint, layer: Layer, allocate: Allocate = pageable
+) -> Packed | Dense:
+    """A layer of the source as the executor takes it."""
+    return (Packed if layer.quant else Dense).read(checkpoint, layer, allocate)
 
 
 class Device(Protocol):
@@ -84,12 +114,13 @@ class Device(Protocol):
         absent: int,
         fill: NDArray[np.uint8] | None = None,
     ) -> Any:
-        """Words picked apart and put together anew, P times: (M/pf, C) -> (P, m/pf, c) int32.
+        """Words picked apart and put together anew, P times: M values of each of C columns, m of c.
 
-        A word holds pf values of `bits` bits, along the first axis. inner is (P, m) and outer
-        (P, c), or (1, ...) where all P are the same. Value j of column i comes from row
-        inner[p, j] of column outer[p, i]. Where outer is -1 it is `absent`; so it is where inner is
-        -1, or with `fill` (P, n, c) there fill[p, j // (m // n), i].
+        (M*bits/32, C) -> (P, m*bits/32, c) int32. A value's bits follow those of the one before it
+        along the first axis, from one word into the next if `bits` doesn't divide 32. inner is
+        (P, m) and outer (P, c), or (1, ...) where all P are the same. Value j of column i comes
+        from row inner[p, j] of column outer[p, i]. Where outer is -1 it is `absent`; so it is
+        where inner is -1, or with `fill` (P, n, c) there fill[p, j // (m // n), i].
         """
 
     def transpose(self, array: Any) -> Any:
@@ -110,45 +141,77 @@ def open_device(name: str) -> Device:
 
 
 def repack(
-    layer: Packed, stacks: Iterable[Sequence[Shard]], quant: QuantConfig, device: Device
+    layer: Packed | Dense,
+    stacks: Iterable[Sequence[Shard]],
+    quant: QuantConfig | None,
+    device: Device,
 ) -> Iterator[dict[str, Array]]:
     """The tensors of each shard of each stack, by the last part of their names.
 
     The shards of a stack have the same sizes, and are worked on at once. Padding rows hold the zero
     point of their group and column, so they contribute exactly 0; padding columns, and groups of
-    padding alone, have scale 0.
+    padding alone, have scale 0. A layer that isn't quantised (quant None) is padded with 0.
     """
-    qweight = device.load(layer.qweight)
-    # Packed along their columns: zero points, and scales as halves of words.
-    zero_words = device.transpose(device.load(layer.qzeros))
-    scale_words = device.transpose(device.load(layer.scales.view(np.int32)))
+    if isinstance(layer, Packed):
+        assert quant is not None
+        move = _packed(layer, quant, device)
+    else:
+        move = _dense(layer, device)
     for shards in stacks:
         rows, cols, groups = (
             stacked([getattr(shard, name) for shard in shards])
             for name in ("rows", "cols", "groups")
         )
+        arrays = move(rows, cols, groups)
+        for p, shard in enumerate(shards):
+            tensors = {part: array[p % len(array)] for part, array in arrays.items()}
+            if shard.perm is not None:
+                tensors["perm"] = shard.perm
+            if shard.g_idx is not None:
+                tensors["g_idx"] = shard.g_idx
+            if layer.bias is not None:
+                tensors["bias"] = np.where(shard.cols < 0, 0, layer.bias[shard.cols])
+            yield tensors
+
+
+Move = Callable[[IntArray, IntArray, IntArray], dict[str, Array]]  # by rows, cols and groups
+
+
+def _packed(layer: Packed, quant: QuantConfig, device: Device) -> Move:
+    qweight = device.load(layer.qweight)
+    # Packed along their columns: zero points, and scales as halves of words.
+    zero_words = device.transpose(device.load(layer.qzeros))
+    scale_words = device.transpose(device.load(layer.scales.view(np.int32)))
+
+    def move(rows: IntArray, cols: IntArray, groups: IntArray) -> dict[str, Array]:
         fill = _padding(layer, rows, cols, groups, quant)
         halves = _halves(cols, layer.scales.itemsize)
         inner, outer, group, half = map(device.load, (rows, cols, groups, halves))
         words = device.gather(qweight, inner, outer, quant.bits, quant.neutral, fill)
         zeros = device.gather(zero_words, outer, group, quant.bits, quant.stored_neutral)
         scales = device.gather(scale_words, half, group, 16, 0)
-        arrays = {
+        return {
             "qweight": device.store(words),
             "qzeros": device.store(device.transpose(zeros)),
             "scales": device.store(device.transpose(scales)).view(layer.scales.dtype),
         }
-        for p, shard in enumerate(shards):
-            tensors = {part: array[p % len(array)] for part, array in arrays.items()}
-            if shard.perm is not None:
-                tensors["perm"] = shard.perm
-            if layer.bias is not None:
-                tensors["bias"] = np.where(shard.cols < 0, 0, layer.bias[shard.cols])
-            yield tensors
+
+    return move
+
+
+def _dense(layer: Dense, device: Device) -> Move:
+    words = device.transpose(device.load(layer.weight.view(np.int32)))  # of halves, along its rows
+
+    def move(rows: IntArray, cols: IntArray, groups: IntArray) -> dict[str, Array]:
+        half, outer = map(device.load, (_halves(rows, layer.weight.itemsize), cols))
+        moved = device.transpose(device.gather(words, half, outer, 16, 0))
+        return {"weight": device.store(moved).view(layer.weight.dtype)}
+
+    return move
 
 
 def _halves(cols: IntArray, itemsize: int) -> IntArray:
-    """Where the 16-bit halves of columns stand that are `itemsize` bytes wide."""
+    """Where the 16-bit halves of columns, or rows, stand that are `itemsize` bytes wide."""
     count = itemsize // 2
     halves = np.repeat(cols * count, count, axis=1)
     halves += np.arange(halves.shape[1], dtype=np.int32) % count
@@ -161,10 +224,7 @@ def _padding(
     """What padding rows hold, if there are any: zero points, (P, groups, columns)."""
     if (rows >= 0).all():
         return None
-    octets, per_octet = layer.qzeros.view(np.uint8), 8 // quant.bits
-    zeros = np.empty((len(octets), octets.shape[1] * per_octet), np.uint8)
-    for j in range(per_octet):
-        zeros[:, j::per_octet] = octets >> (quant.bits * j) & ((1 << quant.bits) - 1)
+    zeros = fields_of(layer.qzeros, quant.bits)
     zeros += np.uint8(zero_offset(quant.checkpoint_format))
     stack = np.broadcast(rows[:, 0], cols[:, 0]).size
     fill = np.empty((stack, groups.shape[1], cols.shape[1]), np.uint8)

@@ -14,6 +14,7 @@ import triton.language as tl
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tpgptq_convert.errors import DeviceError
 from tpgptq_convert.source import Bytes
 
 Array = NDArray[Any]
@@ -42,13 +43,21 @@ class Gpu:
 
     @contextmanager
     def work(self) -> Iterator[None]:
-        if not hasattr(self._own, "stream"):
-            self._own.stream = torch.cuda.Stream(self.device)
-        with torch.cuda.stream(self._own.stream):
-            try:
-                yield
-            finally:
-                self._own.stream.synchronize()
+        try:
+            if not hasattr(self._own, "stream"):
+                self._own.stream = torch.cuda.Stream(self.device)
+            with torch.cuda.stream(self._own.stream):
+                try:
+                    yield
+                finally:
+                    self._own.stream.synchronize()
+        except RuntimeError as error:
+            if "CUDA" not in str(error):  # of torch's, the driver's and Triton's errors, all do
+                raise
+            raise DeviceError(
+                f"{self.name}: {str(error).splitlines()[0]}; must work until the end",
+                hint="see what else is using it, or use another --device, such as cpu",
+            ) from error
 
     def release(self) -> None:
         torch.cuda.empty_cache()
@@ -112,7 +121,9 @@ def _gather_kernel(
     FILLED: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A tile of WORDS x COLUMNS words of out[p]; see `gather` for what is what."""
-    PER_WORD: tl.constexpr = 32 // BITS
+    SPLIT: tl.constexpr = 32 % BITS != 0  # some values begin in one word and end in the next
+    TOUCHED: tl.constexpr = 32 // BITS + 2 * SPLIT  # values that have bits in a word, at the most
+    MASK: tl.constexpr = (1 << BITS) - 1
     p = tl.program_id(2)
     i = tl.program_id(1) * WORDS + tl.arange(0, WORDS)
     c = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
@@ -120,20 +131,33 @@ def _gather_kernel(
     real = (col >= 0)[None, :]
     column = words + col.to(tl.int64)[None, :] * col_stride
     packed = tl.zeros((WORDS, COLUMNS), tl.int32)
-    for field in tl.static_range(PER_WORD):
-        j = i * PER_WORD + field
-        row = tl.load(inner + p * inner_stride + j, mask=i < n_words, other=0)
-        at = (row // PER_WORD).to(tl.int64)[:, None] * row_stride
+    for field in tl.static_range(TOUCHED):
+        j = i * 32 // BITS + field
+        left = j * BITS - i * 32
+        row = tl.load(inner + p * inner_stride + j, mask=(i < n_words) & (left < 32), other=0)
+        at = (row * BITS // 32).to(tl.int64)[:, None] * row_stride
+        right = (row * BITS % 32)[:, None]
         there = real & (row >= 0)[:, None]
         word = tl.load(column + at, mask=there, other=0)
-        value = (word >> (row % PER_WORD * BITS)[:, None]) & ((1 << BITS) - 1)
+        value = (word >> right) & MASK
+        if SPLIT:
+            beyond = right + BITS - 32  # bits of it that are in the next word
+            more = there & (beyond > 0)
+            low = (word >> right) & (MASK >> tl.maximum(beyond, 0))  # the shift drags the sign in
+            high = tl.load(column + at + row_stride, mask=more, other=0)
+            value = tl.where(more, (low | high << (BITS - beyond)) & MASK, value)
         value = tl.where(there, value, absent)
         if FILLED:
             pad = (row < 0)[:, None] & real
-            part = p * n_fill + j // (n_words * PER_WORD // n_fill)
+            part = p * n_fill + j // (n_words * 32 // BITS // n_fill)
             filler = tl.load(fill + part[:, None] * n_cols + c[None, :], mask=pad, other=0)
             value = tl.where(pad, filler.to(tl.int32), value)
-        packed |= value << (BITS * field)
+        if SPLIT:
+            begun = value << tl.minimum(tl.maximum(left, 0), 31)[:, None]
+            value = tl.where((left < 0)[:, None], value >> tl.maximum(-left, 0)[:, None], begun)
+            packed |= tl.where((left < 32)[:, None], value, 0)
+        else:
+            packed |= value << (BITS * field)
     inside = (i < n_words)[:, None] & (c < n_cols)[None, :]
     line = (p * n_words + i).to(tl.int64)[:, None] * n_cols
     tl.store(out + line + c[None, :], packed, mask=inside)

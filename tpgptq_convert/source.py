@@ -1,4 +1,4 @@
-"""A checkpoint's directory: its configuration files and safetensors headers, tensors by name.
+"""A checkpoint's files, in a directory or on the Hub: safetensors headers, tensors by name.
 
 Headers are validated by the safetensors library and kept; tensors are read when asked for, into
 memory of their own: a map of the file would grow with all that was ever read of it, and end the
@@ -10,23 +10,31 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from io import RawIOBase
+from itertools import chain, islice
 from pathlib import Path
+from re import fullmatch
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
-from tpgptq_convert.errors import SourceError
+from tpgptq_convert.errors import HubError, SourceError
+from tpgptq_convert.threads import threads
 
 if TYPE_CHECKING:
     import torch
 
+    from tpgptq_convert.hub import Repository
+
 Bytes = NDArray[np.uint8]
 CHUNK = 1 << 24  # bytes that are read at a time of a tensor that is copied or compared as it is
+REQUESTS = 16  # to the Hub at a time
 # The dtypes of safetensors headers, little-endian; those unknown to numpy as their bits.
 DTYPES: dict[str, np.dtype[Any]] = {
     name: np.dtype(kind)
@@ -56,6 +64,8 @@ REWRITTEN = (
 )
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 INDEX_SUFFIX = ".safetensors.index.json"
+MOST_CARRIED = 10_000  # files beside the weights
+DEEPEST = 30  # directories in directories, and values in values of JSON
 FLOATS = ("F16", "BF16", "F32")  # what scales, biases and the tensors beside them may be
 
 
@@ -80,21 +90,22 @@ def pageable(nbytes: int) -> Bytes:
 
 
 class SafetensorsFile:
-    """One safetensors file; its header is read and validated on opening."""
+    """One safetensors file; its header is read and validated on opening.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    One of a repository on the Hub may not be at `path` yet: it is then read over the network.
+    """
+
+    def __init__(self, path: Path, repository: Repository | None = None) -> None:
+        self.path, self._repository = path, repository
         try:
-            with safe_open(path, framework="np"):
-                pass
+            with self._head() as local, safe_open(local, framework="np"), local.open("rb") as file:
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+                self._data_start = file.tell()
         except (SafetensorError, OSError) as error:
             raise SourceError(
                 f"{path}: not a whole safetensors file ({error})",
                 hint="the file may be damaged or cut short; fetch it again",
             ) from None
-        with path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-            self._data_start = file.tell()
         header.pop("__metadata__", None)
         self.specs = {n: TensorSpec(e["dtype"], tuple(e["shape"])) for n, e in header.items()}
         self._begin = {name: entry["data_offsets"][0] for name, entry in header.items()}
@@ -104,6 +115,15 @@ class SafetensorsFile:
                     f"{path}: {name} has dtype {spec.dtype}; must be one of {', '.join(DTYPES)}",
                     hint="this is not a GPTQ checkpoint",
                 )
+
+    def _head(self) -> AbstractContextManager[Path]:
+        """A local file that has the header."""
+        return self._repository.head(self.path.name) if self._repository else nullcontext(self.path)
+
+    def _open(self) -> RawIOBase:
+        if self._repository:
+            return self._repository.open(self.path.name)
+        return self.path.open("rb", buffering=0)
 
     def array(self, name: str, allocate: Allocate = pageable) -> NDArray[Any]:
         """One tensor as a numpy array, in memory from `allocate`; BF16 as its bits."""
@@ -127,7 +147,7 @@ class SafetensorsFile:
     def _read(self, into: Bytes, begin: int) -> None:
         """Fill `into` with the data from `begin`."""
         done = 0
-        with self.path.open("rb", buffering=0) as file:
+        with reading(self.path), self._open() as file:
             file.seek(self._data_start + begin)
             while done < len(into):
                 count = file.readinto(into.data[done:])
@@ -144,6 +164,18 @@ class SafetensorsFile:
         return as_tensor(self.array(name), self.specs[name].dtype)
 
 
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Around the reading of a file: names it where that fails, as of a disk or a network."""
+    try:
+        yield
+    except OSError as error:
+        raise SourceError(
+            f"{path}: can't be read ({error.strerror or error}); must be a file that can",
+            hint="check the disk that it is on, or the connection to it, and run again",
+        ) from error
+
+
 def as_tensor(array: NDArray[Any], dtype: str) -> torch.Tensor:
     """An array of this safetensors dtype as a torch tensor that shares its memory."""
     import torch
@@ -153,9 +185,24 @@ def as_tensor(array: NDArray[Any], dtype: str) -> torch.Tensor:
 
 
 class Source:
-    """The checkpoint in `directory`: every tensor of its weight files, by name."""
+    """A checkpoint: every tensor of its weight files, by name.
 
-    def __init__(self, directory: Path) -> None:
+    `model` is a directory, or else a repository on the Hub. Of the latter `directory` holds what
+    a plan is made from, and everything once it is downloaded.
+    """
+
+    def __init__(self, model: Path, revision: str | None = None) -> None:
+        directory, self._repository = model, None
+        if not model.is_dir() and fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(model)):
+            from tpgptq_convert.hub import Repository
+
+            self._repository = Repository(str(model), revision)
+            directory = self._repository.directory
+        elif revision:
+            raise HubError(
+                f"{model}: not a repository on the Hub; must be one, to have a revision {revision}",
+                hint="leave --revision out, or name a repository as org/name",
+            )
         if not directory.is_dir():
             raise SourceError(
                 f"{directory}: no such directory; must be a directory with a GPTQ checkpoint",
@@ -168,7 +215,11 @@ class Source:
                 hint="name the checkpoint that it was made from",
             )
         self.directory = directory
-        self.files = {name: SafetensorsFile(directory / name) for name in self._weight_files()}
+        self._ahead: dict[str, NDArray[Any]] = {}
+        self.files = {
+            name: SafetensorsFile(directory / name, self._repository)
+            for name in self._weight_files()
+        }
         self._file_of: dict[str, SafetensorsFile] = {}
         for file in self.files.values():
             for name in file.specs:
@@ -182,11 +233,20 @@ class Source:
 
     def _weight_files(self) -> list[str]:
         """Names of the safetensors files that make up the checkpoint."""
-        names = sorted(p.name for p in self.directory.iterdir() if p.is_file())
+        suffixes = (INDEX_SUFFIX, ".safetensors", *PICKLE_SUFFIXES)
+        remote = self._repository.names if self._repository else set()
+        names = sorted(
+            {
+                path.name
+                for path in self.directory.iterdir()
+                if path.name.endswith(suffixes) and path.is_file()
+            }
+            | {name for name in remote if name.endswith(suffixes)}
+        )
         indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
         found = [name for name in names if name.endswith(".safetensors")]
         if len(indexes) == 1:
-            return self._indexed_files(self.directory / indexes[0])
+            return self._indexed_files(self.directory / indexes[0], found)
         if len(found) == 1:
             return found
         if not found:
@@ -208,7 +268,7 @@ class Source:
             hint=f"keep the files of one checkpoint, and its *{INDEX_SUFFIX} if it has several",
         )
 
-    def _indexed_files(self, index: Path) -> list[str]:
+    def _indexed_files(self, index: Path, found: Collection[str]) -> list[str]:
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise SourceError(
@@ -216,17 +276,55 @@ class Source:
                 hint="fetch the index file again",
             )
         names = sorted({str(name) for name in weight_map.values()})
-        problems = []
+        problems, found = [], set(found)
         for name in names:
             if Path(name).name != name or not name.endswith(".safetensors"):
                 problems.append(
                     f"{index}: names {name!r}; must be a safetensors file in the same directory"
                 )
-            elif not (self.directory / name).is_file():
+            elif name not in found:
                 problems.append(f"{self.directory / name}: missing; {index.name} names it")
         if problems:
             raise SourceError(*problems, hint="was the download complete?")
         return names
+
+    @property
+    def name(self) -> str:
+        """The directory's name, no path of this machine, or the repository's."""
+        return self._repository.name if self._repository else self.directory.resolve().name
+
+    @property
+    def revision(self) -> str | None:
+        """The repository's commit."""
+        return self._repository.commit if self._repository else None
+
+    def download(self, quiet: bool = True) -> None:
+        """Have every file that an output is made from in the directory. Raises HubError."""
+        if self._repository:
+            self._repository.download(set(self.files), quiet)
+
+    def check_hashes(self, infos: Mapping[str, Mapping[str, Any]]) -> None:
+        """Raise SourceError where a file's SHA-256 is not what the Hub states."""
+        stated = self._repository.sha256 if self._repository else {}
+        problems = [
+            f"{self.directory / name}: sha256 is {info['sha256']}; must be {stated[name]}, as the "
+            "Hub states"
+            for name, info in infos.items()
+            if stated.get(name, info["sha256"]) != info["sha256"]
+        ]
+        if problems:
+            raise SourceError(*problems, hint="remove the file, and run again to download it anew")
+
+    def read_ahead(self, endings: tuple[str, ...]) -> None:
+        """Have the small tensors of such names at hand: on the Hub each of them is a request."""
+        if self._repository:
+            names = [
+                name
+                for name, file in self._file_of.items()
+                if name.endswith(endings) and file.specs[name].nbytes <= CHUNK
+            ]
+            with threads(REQUESTS) as pool:
+                self._ahead = dict(zip(names, pool.map(self.array, names), strict=True))
 
     @property
     def names(self) -> Collection[str]:
@@ -243,7 +341,8 @@ class Source:
 
     def array(self, name: str, allocate: Allocate = pageable) -> NDArray[Any]:
         """A tensor as a numpy array, in memory from `allocate`; BF16 as its bits."""
-        return self._file_of[name].array(name, allocate)
+        ahead = self._ahead.pop(name, None)
+        return self._file_of[name].array(name, allocate) if ahead is None else ahead
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor on the CPU."""
@@ -252,17 +351,51 @@ class Source:
     def carried_files(self) -> list[Path]:
         """Every file that an output takes along as it is, relative to the directory.
 
-        All but weights, hidden files, and those that are written anew.
+        All but weights, hidden files, and those that are written anew. Raises SourceError where
+        there are too many, or where one is a link that leads out of the directory: what lies there
+        need not be meant for those who get the output.
         """
-        relative = (p.relative_to(self.directory) for p in sorted(self.directory.rglob("*")))
-        return [
-            p
-            for p in relative
-            if (self.directory / p).is_file()
-            and not p.name.endswith(WEIGHT_SUFFIXES)
-            and str(p) not in REWRITTEN
-            and not any(part.startswith(".") for part in p.parts)
+        files = sorted(islice(self._other_files(), MOST_CARRIED + 1))
+        if len(files) > MOST_CARRIED:
+            raise SourceError(
+                f"{self.directory}: holds more than {MOST_CARRIED} files beside the weights; must "
+                "hold a model's alone",
+                hint="move what doesn't belong to the checkpoint elsewhere",
+            )
+        real = self.directory.resolve()
+        homes = [real]
+        if real.parent.name == "snapshots":  # in the Hub's cache every file is a link
+            homes.append(real.parent.parent / "blobs")
+        links = {
+            path: here.resolve() for path in files if (here := self.directory / path).is_symlink()
+        }
+        astray = [
+            f"{path}: a link to {target}; must lie in the checkpoint's directory"
+            for path, target in links.items()
+            if not {*homes} & {*target.parents}
         ]
+        if astray:
+            raise SourceError(*astray, hint="put a copy there, if it belongs to the checkpoint")
+        return [path for path in files if str(path) not in REWRITTEN]
+
+    def _other_files(self) -> Iterator[Path]:
+        """The files that hold no weights and are not hidden, relative to the directory."""
+        directories = [self.directory]
+        while directories:
+            for path in directories.pop().iterdir():
+                relative = path.relative_to(self.directory)
+                if path.name.startswith("."):
+                    continue
+                if path.is_dir() and not path.is_symlink():
+                    if len(relative.parts) > DEEPEST:
+                        raise SourceError(
+                            f"{path}: {len(relative.parts)} directories deep; must be at most "
+                            f"{DEEPEST}",
+                            hint="move what doesn't belong to the checkpoint elsewhere",
+                        )
+                    directories.append(path)
+                elif path.is_file() and not path.name.endswith(WEIGHT_SUFFIXES):
+                    yield relative
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -278,9 +411,25 @@ def read_json(path: Path) -> dict[str, Any]:
         raise SourceError(
             f"{path}: not JSON ({error}); must be a JSON object", hint="fetch the file again"
         ) from None
+    if _deep(value):
+        raise SourceError(
+            f"{path}: values in values, more than {DEEPEST} deep; must be less",
+            hint="fetch the file again",
+        )
     if not isinstance(value, dict):
         raise SourceError(
             f"{path}: a JSON {type(value).__name__}; must be a JSON object",
             hint="fetch the file again",
         )
     return value
+
+
+def _deep(value: Any) -> bool:
+    """Whether a JSON value is nested deeper than anything that writes it should have to follow."""
+    level = [value]
+    for _ in range(DEEPEST):
+        inner = (
+            v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list)
+        )
+        level = list(chain.from_iterable(inner))
+    return bool(level)

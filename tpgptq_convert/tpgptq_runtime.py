@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import inspect
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -47,7 +48,8 @@ __all__ = [
     "use_kernels",
 ]
 
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)
+KERNEL_BITS = (2, 4, 8)
 DTYPES = {
     **{"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8},
     **{"F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2},
@@ -92,12 +94,23 @@ class Checkpoint:
         except ValueError as error:
             raise FormatError(f"{path}: not a JSON object ({error})") from None
         version = self.manifest.get("format_version")
-        if self.manifest.get("format") != "tpgptq" or version != FORMAT_VERSION:
+        if self.manifest.get("format") != "tpgptq" or version not in FORMAT_VERSIONS:
             raise FormatError(
-                f"{path}: format_version is {version}; this module reads {FORMAT_VERSION}"
+                f"{path}: format_version is {version}; this module reads "
+                f"{' and '.join(map(str, FORMAT_VERSIONS))}"
+            )
+        if self.manifest["layout"] == "gptq":
+            raise FormatError(
+                f"{path}: layout is 'gptq', an ordinary GPTQ checkpoint; this module reads "
+                "'ranks' and 'merged'"
             )
         self.tp: int = self.manifest["tp"]
         self.modules: Mapping[str, Any] = self.manifest["modules"]
+
+    def bits(self, name: str) -> int | None:
+        """The bits of a module's weights; None if it isn't quantised."""
+        bits: int | None = self.modules[name].get("bits", self.manifest["bits"])
+        return bits
 
     def shared(self) -> dict[str, Tensor]:
         """The tensors that no rank owns alone, by their source names."""
@@ -127,7 +140,7 @@ class Checkpoint:
             if self._is_shard(name):
                 shards[module][part] = tensor
         for name, parts in shards.items():
-            needed = {"qweight", "qzeros", "scales"}
+            needed = {"weight"} if self.bits(name) is None else {"qweight", "qzeros", "scales"}
             needed |= {"perm"} if self.modules[name]["perm"] else set()
             if lacking := needed - parts.keys():
                 raise FormatError(f"{name}: rank {rank} lacks {', '.join(sorted(lacking))}")
@@ -139,13 +152,17 @@ class Checkpoint:
         """One rank's slice of a merged module."""
         module = self.modules[name]
         column = module["parallel"] == "column"
-        pieces = parts["scales"].shape[1] // module["out_features"] if column else self.tp
+        columns = parts["weight"].shape[0] if "weight" in parts else parts["scales"].shape[1]
+        pieces = columns // module["out_features"] if column else self.tp
         piece = rank * pieces // self.tp
-        dim = -1 if column else 0
-        return {
-            part: tensor if column and part == "perm" else tensor.chunk(pieces, dim)[piece]
-            for part, tensor in parts.items()
-        }
+
+        def cut(part: str, tensor: Tensor) -> Tensor:
+            if column and part == "perm":
+                return tensor
+            last = column != (part == "weight")  # (N, K), all others end with N
+            return tensor.chunk(pieces, -1 if last else 0)[piece]
+
+        return {part: cut(part, tensor) for part, tensor in parts.items()}
 
     def _tensors(self, names: Mapping[str, Any]) -> dict[str, Tensor]:
         tensors: dict[str, Tensor] = {}
@@ -158,7 +175,11 @@ class Checkpoint:
 
 
 def _unpack(words: Tensor, bits: int, dim: int) -> Tensor:
-    """Packed int32 words -> values, `32 // bits` times as many along `dim`, lowest bits first."""
+    """Packed int32 words -> values, lowest bits first, each after the one before it along `dim`."""
+    if 32 % bits:  # some values begin in one word and end in the next
+        single = _unpack(words, 1, dim).unflatten(dim, (-1, bits))
+        parts = [part << j for j, part in enumerate(single.unbind(dim + 1))]
+        return torch.stack(parts).sum(0, dtype=torch.int8)
     shifts = torch.arange(0, 32, bits, device=words.device, dtype=torch.int32)
     shape = [1] * (words.dim() + 1)
     shape[dim + 1] = len(shifts)
@@ -167,7 +188,7 @@ def _unpack(words: Tensor, bits: int, dim: int) -> Tensor:
 
 
 def _zero_points(qzeros: Tensor, bits: int, checkpoint_format: str) -> Tensor:
-    """Packed zero points (G, N/pf) -> (G, N): "gptq" stores one less, "gptq_v2" the value."""
+    """Packed zero points (G, N*bits/32) -> (G, N): "gptq" stores one less, "gptq_v2" the value."""
     return _unpack(qzeros, bits, 1) + (1 if checkpoint_format == "gptq" else 0)
 
 
@@ -961,27 +982,34 @@ def _gathered(x: Tensor, perm: Tensor) -> Tensor:
 class QuantLinear(nn.Module):
     """x (..., in) -> x[..., perm] @ W, W (K, N) from packed integers in consecutive groups.
 
-    qweight (K/pf, N) int32, qzeros (G, N/pf) int32, scales (G, N), perm (K,) int32 or None (the
-    identity), bias (N,) or None; the group of row k is k // (K/G). This is the plain form, for any
-    device and dtype; `use_kernels` trades it for the fast one.
+    qweight (K*bits/32, N) int32, qzeros (G, N*bits/32) int32, scales (G, N), perm (K,) int32 or
+    None (the identity), bias (N,) or None; the group of row k is k // (K/G). bits None: it isn't
+    quantised, and has weight (N, K) instead. This is the plain form, for any device and dtype;
+    `use_kernels` trades it for the fast one.
     """
 
     def __init__(
-        self, tensors: Mapping[str, Tensor], bits: int = 4, checkpoint_format: str = "gptq"
+        self, tensors: Mapping[str, Tensor], bits: int | None = 4, checkpoint_format: str = "gptq"
     ) -> None:
         super().__init__()
         self.bits, self.checkpoint_format = bits, checkpoint_format
-        for name in ("qweight", "qzeros", "scales", "perm", "bias"):
+        stored = ("weight",) if bits is None else ("qweight", "qzeros", "scales")
+        for name in (*stored, "perm", "bias"):
             self.register_buffer(name, tensors.get(name))
-        self.in_features = self.qweight.shape[0] * 32 // bits
-        self.out_features = self.qweight.shape[1]
-        self.group_size = self.in_features // self.scales.shape[0]
+        if bits is None:
+            self.out_features, self.in_features = self.weight.shape
+            self.group_size = self.in_features
+        else:
+            self.in_features = self.qweight.shape[0] * 32 // bits
+            self.out_features = self.qweight.shape[1]
+            self.group_size = self.in_features // self.scales.shape[0]
         self.kernel: _Kernel | None = None
         self.index = 0  # of this layer among those that share the kernel
 
     qweight: Tensor
     qzeros: Tensor
     scales: Tensor
+    weight: Tensor
     perm: Tensor | None
     bias: Tensor | None
 
@@ -991,6 +1019,8 @@ class QuantLinear(nn.Module):
 
     def dequantise(self, dtype: torch.dtype) -> Tensor:
         """The weight (K, N), computed in `dtype`."""
+        if self.bits is None:
+            return self.weight.T.to(dtype)
         values = _unpack(self.qweight, self.bits, 0).unflatten(0, (-1, self.group_size))
         zeros = _zero_points(self.qzeros, self.bits, self.checkpoint_format)
         steps = (values - zeros.unsqueeze(1)).to(dtype)
@@ -1026,19 +1056,75 @@ class RowParallelLinear(QuantLinear):
     def __init__(
         self,
         tensors: Mapping[str, Tensor],
-        bits: int = 4,
+        bits: int | None = 4,
         checkpoint_format: str = "gptq",
         bias: Tensor | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> None:
         super().__init__(tensors, bits, checkpoint_format)
         self.bias_once, self.group = bias, group
+        self.summed_later = False  # by the block of experts that this layer belongs to
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.product(x)
-        if dist.is_initialized() and dist.get_world_size(self.group) > 1:
-            dist.all_reduce(out, group=self.group)
+        if not self.summed_later:
+            _sum_over_ranks(out, self.group)
         return out if self.bias_once is None else out + self.bias_once.to(x.dtype)
+
+
+def _sum_over_ranks(out: Tensor, group: dist.ProcessGroup | None) -> None:
+    """In place; what every rank has its part of."""
+    if dist.is_initialized() and dist.get_world_size(group) > 1:
+        dist.all_reduce(out, group=group)
+
+
+class NormOverRanks(nn.Module):
+    """Stands for an RMS norm over all heads together, of which this rank has some.
+
+    x (..., the rank's channels). weight is that of all channels, `channels` which of them the rank
+    has, any where a head is empty; `copies` ranks have each head. One number a token is summed.
+    """
+
+    weight: Tensor
+    channels: Tensor
+
+    def __init__(
+        self, norm: nn.Module, channels: Tensor, copies: int, group: dist.ProcessGroup | None
+    ) -> None:
+        super().__init__()
+        self.weight = norm.weight
+        self.epsilon: float = norm.variance_epsilon
+        self.copies, self.group = copies, group
+        self.register_buffer("channels", channels, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        squares = wide.square().sum(-1, keepdim=True) / self.copies
+        _sum_over_ranks(squares, self.group)
+        wide = wide * torch.rsqrt(squares / len(self.weight) + self.epsilon)
+        return (self.weight[self.channels] * wide).to(x.dtype)
+
+
+class Experts(nn.ModuleList):
+    """Experts of layers of their own, where transformers keeps the weights of all in one tensor.
+
+    x (T, hidden), chosen (T, k) the experts of each token, weights (T, k) -> (T, hidden), this
+    rank's part of the sum. Which experts are chosen is asked of the device: no CUDA graph holds it.
+    """
+
+    def __init__(self, experts: nn.Module) -> None:
+        super().__init__(nn.Module() for _ in range(int(experts.num_experts)))  # type: ignore[arg-type]
+        self.activation: Callable[[Tensor], Tensor] = experts.act_fn
+
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for index in chosen.unique().tolist():
+            tokens, places = torch.where(chosen == index)
+            own, expert = x[tokens], self[index]
+            inner = self.activation(expert.gate_proj(own)) * expert.up_proj(own)
+            part = expert.down_proj(inner) * weights[tokens, places, None]
+            out.index_add_(0, tokens, part.to(out.dtype))
+        return out
 
 
 class _Kernel:
@@ -1076,6 +1162,7 @@ def use_kernels(*linears: QuantLinear) -> None:
     kernels must run (`kernels_run_on`).
     """
     first = linears[0]
+    assert first.bits is not None
     layer = arrange([linear.tensors() for linear in linears], first.bits, first.checkpoint_format)
     kernel = _Kernel(layer, [linear.out_features for linear in linears])
     for index, linear in enumerate(linears):
@@ -1113,20 +1200,27 @@ def swap_linears(
     as one.
     """
     manifest = checkpoint.manifest
-    quant = {"bits": manifest["bits"], "checkpoint_format": manifest["checkpoint_format"]}
     shared = checkpoint.shared()
+    blocks = []
+    for block in list(model.modules()):
+        if isinstance(experts := getattr(block, "experts", None), nn.Module):
+            blocks.append(block)
+            if hasattr(experts, "gate_up_proj"):
+                block.experts = Experts(experts)
     together: dict[str, list[list[QuantLinear]]] = {}
+    renamed = _renamed(model)
     for name, parts in checkpoint.rank(rank).items():
         tensors = {part: tensor.to(device) for part, tensor in parts.items()}
+        quant = checkpoint.bits(name), manifest["checkpoint_format"]
         linear: QuantLinear
         if checkpoint.modules[name]["parallel"] == "row":
             bias = shared.get(f"{name}.bias")
             linear = RowParallelLinear(
-                tensors, **quant, bias=None if bias is None else bias.to(device), group=group
+                tensors, *quant, bias=None if bias is None else bias.to(device), group=group
             )
         else:
-            linear = ColumnParallelLinear(tensors, **quant)
-        parent, _, child = name.rpartition(".")
+            linear = ColumnParallelLinear(tensors, *quant)
+        parent, _, child = renamed(name).rpartition(".")
         setattr(model.get_submodule(parent), child, linear)
         alike = together.setdefault(parent, [])
         column = isinstance(linear, ColumnParallelLinear)
@@ -1140,28 +1234,130 @@ def swap_linears(
     if kernels:
         for alike in together.values():
             for linears in alike:
-                use_kernels(*linears)
-    for parent in together:
-        _tell_heads(model.get_submodule(parent), manifest["heads"], checkpoint.tp)
+                if linears[0].bits in KERNEL_BITS:
+                    use_kernels(*linears)
+    for parent in filter(None, together):  # a head's is the model itself
+        _tell_heads(model.get_submodule(parent), manifest["heads"], checkpoint.tp, rank, group)
+    for block in blocks:
+        for module in block.modules():
+            if isinstance(module, RowParallelLinear):
+                module.summed_later = True
+
+        def sum_output(_: nn.Module, __: Any, out: Any) -> None:
+            _sum_over_ranks(out[0] if isinstance(out, tuple) else out, group)
+
+        block.register_forward_hook(sum_output)
 
 
-def _tell_heads(module: nn.Module, heads: Mapping[str, int], tp: int) -> None:
-    """Tell an attention module how many heads a rank has, by whatever names it counts them."""
-    query, kv = heads["padded_query"], heads["padded_kv"]
-    own_query, own_kv = query // tp, max(1, kv // tp)
-    counts = {"num_key_value_groups": (query // kv, own_query // own_kv)}
-    names = ("num_heads", "num_attention_heads", "n_heads", "n_head")
-    counts |= dict.fromkeys(names, (query, own_query))
-    counts |= dict.fromkeys(("num_key_value_heads", "num_kv_heads"), (kv, own_kv))
-    if isinstance(size := getattr(module, "head_dim", None), int):
-        counts |= dict.fromkeys(("embed_dim", "split_size"), (query * size, own_query * size))
-        counts["kv_dim"] = (kv * size, own_kv * size)
+# What transformers 5 calls modules that checkpoints have under older names.
+_NEW_NAMES = {
+    "block_sparse_moe": "mlp",
+    "embed_out": "lm_head",
+    "w1": "gate_proj",
+    "w2": "down_proj",
+    "w3": "up_proj",
+}
+
+
+def _renamed(model: nn.Module) -> Callable[[str], str]:
+    """What a name in the files is in this model."""
+    known = {word for name, _ in model.named_modules() for word in name.split(".")}
+    names = {old: new for old, new in _NEW_NAMES.items() if old not in known}
+    return lambda name: ".".join(names.get(word, word) for word in name.split("."))
+
+
+def _tell_heads(
+    module: nn.Module,
+    heads: Mapping[str, int],
+    tp: int,
+    rank: int,
+    group: dist.ProcessGroup | None,
+) -> None:
+    """Tell an attention module how many heads a rank has, by whatever names it counts them.
+
+    What it is handed for every head of the model (ALiBi) is cut to the rank's own, and norms over
+    all heads sum over the ranks.
+    """
+    query = heads["query"]
+    own_query, own_kv = heads["padded_query"] // tp, max(1, heads["padded_kv"] // tp)
+    size = getattr(module, "head_dim", getattr(module, "hidden_size_per_attention_head", None))
+    own = _head_counts(own_query, own_kv, size)
+    # A config states the padded ones where it can: where it states the size of a head beside them.
+    stated = [_head_counts(heads[f"{which}query"], heads[f"{which}kv"], size)
+              for which in ("", "padded_")]  # fmt: skip
     if config := getattr(module, "config", None):  # of its own, from here on
         module.config = copy.copy(config)
-    for target in (module, module.config if config else module):
-        for name, (whole, own) in counts.items():
-            if getattr(target, name, None) == whole:
-                setattr(target, name, own)
+    for target in (*module.modules(), *([module.config] if config else [])):
+        for name, count in own.items():
+            if name == "hidden_size" and target is not module:
+                continue  # elsewhere it is the model's
+            if getattr(target, name, None) in [counts[name] for counts in stated]:
+                setattr(target, name, count)
+    mine = torch.tensor(_query_heads(query // heads["kv"], own_query, own_kv, rank))
+    mine %= query  # an empty head may be handed any other's
+    if tp > 1 and isinstance(size, int):
+        copies = -(-query // heads["kv"] // (own_query // own_kv))
+        places = torch.arange(rank * own_kv, (rank + 1) * own_kv)
+        kv_heads = places // copies % heads["kv"]
+        wide = {query: (mine, 1), heads["kv"]: (kv_heads, copies)}
+        for name, norm in _norms_over_heads(module, query * size).items():
+            of_rank, copies = wide[len(norm.weight) // size]  # type: ignore[arg-type]
+            channels = (of_rank[:, None] * size + torch.arange(size)).flatten()
+            setattr(module, name, NormOverRanks(norm, channels, copies, group))
+
+    def cut_heads(tensor: Tensor) -> Tensor:
+        """(batch, heads, ...) or (batch * heads, ...) of the model -> of the rank."""
+        by_head = tensor if tensor.dim() == 4 else tensor.unflatten(0, (-1, query))
+        if by_head.shape[1] == query:
+            by_head = by_head[:, mine.to(tensor.device)]
+        return by_head if tensor.dim() == 4 else by_head.flatten(0, 1)
+
+    def cut(_: nn.Module, args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        for name in {"alibi", "position_bias", "attention_mask"} & given.keys():
+            if isinstance(given[name], Tensor) and given[name].dim() > 2:
+                given[name] = cut_heads(given[name])
+        return args, given
+
+    handed = {"alibi", "position_bias"} & inspect.signature(module.forward).parameters.keys()
+    if handed and mine.tolist() != list(range(query)):
+        module.register_forward_pre_hook(cut, with_kwargs=True)
+
+
+def _norms_over_heads(module: nn.Module, width: int) -> dict[str, nn.Module]:
+    """An attention module's norms, if that of the queries is over all their channels together."""
+    norms = {
+        name: norm for name, norm in module.named_children() if hasattr(norm, "variance_epsilon")
+    }
+    return norms if any(norm.weight.shape == (width,) for norm in norms.values()) else {}
+
+
+def _query_heads(group: int, query: int, kv: int, rank: int) -> list[int]:
+    """The model's query heads of a rank that has `query` of them and `kv` kv heads.
+
+    `group` of the model's share a kv head, which stands in as many places as they need. Of an empty
+    head the number is -1, or too large.
+    """
+    each = query // kv
+    copies = -(-group // each)
+    places = [divmod(place, copies) for place in range(rank * kv, (rank + 1) * kv)]
+    return [
+        head * group + part * each + i if part * each + i < group else -1
+        for head, part in places
+        for i in range(each)
+    ]
+
+
+def _head_counts(query: int, kv: int, size: Any) -> dict[str, int]:
+    """What attention modules call so many heads, and their channels where a head's are known."""
+    counts = {"num_key_value_groups": query // kv}
+    queries = ("num_heads", "num_attention_heads", "n_heads", "n_head")
+    counts |= dict.fromkeys((*queries, "num_attention_heads_per_partition"), query)
+    kvs = ("num_key_value_heads", "num_kv_heads", "num_multi_query_groups_per_partition")
+    counts |= dict.fromkeys(kvs, kv)
+    if isinstance(size, int):
+        widths = ("embed_dim", "split_size", "hidden_size", "hidden_size_per_partition")
+        counts |= dict.fromkeys(widths, query * size) | {"kv_dim": kv * size}
+    return counts
 
 
 def load_model(
@@ -1170,12 +1366,16 @@ def load_model(
     dtype: torch.dtype = torch.float16,
     device: torch.device | str = "cpu",
     group: dist.ProcessGroup | None = None,
+    trust_remote_code: bool = False,
 ) -> nn.Module:
     """The Hugging Face model in `directory`, as one rank runs it; needs transformers.
 
     Only this rank's files and the shared ones are read. rank None: this process's own rank.
+    trust_remote_code: run the code that lies in `directory`, where transformers has no class of its
+    own for the model. Raises FormatError.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    import transformers
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     checkpoint = Checkpoint(directory)
     world = dist.get_world_size(group) if dist.is_initialized() else 1
@@ -1186,17 +1386,46 @@ def load_model(
         )
     if rank is None:
         rank = dist.get_rank(group) if world > 1 else 0
-    config = AutoConfig.from_pretrained(directory)
-    del config.quantization_config
+    stated = _source_config(checkpoint)
+    remote = stated["model_type"] not in CONFIG_MAPPING
+    if remote and not trust_remote_code:
+        raise FormatError(
+            f"{checkpoint.directory}: transformers {transformers.__version__} has no model_type "
+            f"{stated['model_type']!r}; its code may lie here, and runs only with "
+            "--trust-remote-code (trust_remote_code=True)"
+        )
+    if remote:
+        config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=True)
+        for key, value in stated.items():
+            setattr(config, key, value)
+        config._name_or_path = str(checkpoint.directory)  # where from_config looks for the code
+        del config.quantization_config
+    else:
+        config = AutoConfig.for_model(**stated)
     setattr(config, "dtype" if hasattr(config, "dtype") else "torch_dtype", dtype)  # by version
     with _EmptyOnMeta():
-        model: nn.Module = AutoModelForCausalLM.from_config(config)
+        model: nn.Module = AutoModelForCausalLM.from_config(config, trust_remote_code=remote)
     swap_linears(model, checkpoint, rank, device, group)
     _fill(model, checkpoint.shared(), dtype, device)
     if (checkpoint.directory / "generation_config.json").is_file():
         generation = GenerationConfig.from_pretrained(directory)
         model.generation_config = generation
     return model.eval()
+
+
+def _source_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """config.json with as many heads as the source has: `swap_linears` tells of the empty ones.
+
+    transformers 5 refuses numbers of heads that don't divide the hidden size, in some families.
+    """
+    config: dict[str, Any] = json.loads((checkpoint.directory / "config.json").read_text("utf-8"))
+    del config["quantization_config"]
+    heads = checkpoint.manifest["heads"]
+    keys = {"num_attention_heads": "query", "num_key_value_heads": "kv"}
+    for key, kind in (keys | {"multi_query_group_num": "kv"}).items():
+        if config.get(key) == heads[f"padded_{kind}"]:
+            config[key] = heads[kind]
+    return config
 
 
 class _EmptyOnMeta(TorchFunctionMode):
@@ -1220,9 +1449,12 @@ def _fill(
     device: torch.device | str,
 ) -> None:
     """Give a model without weights its shared tensors, and bring its buffers to the device."""
-    state = {name: tensor.to(device, dtype) for name, tensor in tensors.items()}
-    if not hasattr(model, "embed_out") and "embed_out.weight" in state:  # renamed in transformers 5
-        state["lm_head.weight"] = state.pop("embed_out.weight")
+    renamed = _renamed(model)
+    wide = tuple(getattr(model, "_keep_in_fp32_modules_strict", None) or ())  # a router's bias
+    state = {
+        renamed(name): tensor.to(device, torch.float32 if name.endswith(wide) else dtype)
+        for name, tensor in tensors.items()
+    }
     missing = set(model.load_state_dict(state, strict=False, assign=True).missing_keys)
     model.tie_weights()  # type: ignore[operator]
     if lacking := [name for name, _ in model.named_parameters() if name in missing]:
@@ -1244,6 +1476,7 @@ def main() -> None:
         default="auto",
         help="default: float16 on a GPU, float32 on a CPU",
     )
+    parser.add_argument("--trust-remote-code", action="store_true", help="run the model's own code")
     arguments = parser.parse_args()
     try:
         from transformers import AutoTokenizer
@@ -1261,10 +1494,13 @@ def main() -> None:
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if cuda else "gloo")
     try:
-        model = load_model(arguments.checkpoint, dtype=dtype, device=device)
+        trust = arguments.trust_remote_code
+        model = load_model(
+            arguments.checkpoint, dtype=dtype, device=device, trust_remote_code=trust
+        )
     except FormatError as error:
         raise SystemExit(f"Error: {error}" if os.environ.get("RANK", "0") == "0" else 1) from None
-    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint, trust_remote_code=trust)
     inputs = tokenizer(arguments.prompt, return_tensors="pt").to(device)
     with torch.inference_mode():
         tokens = model.generate(  # type: ignore[operator]

@@ -29,23 +29,27 @@ from torch import Tensor
 from torch.nn import functional
 
 from tpgptq_convert.checkpoint import Checkpoint, IntArray, Layer
-from tpgptq_convert.config import QuantConfig, word_of
+from tpgptq_convert.config import QUANT_FILES, QuantConfig, words_of
 from tpgptq_convert.errors import SourceError
-from tpgptq_convert.families import Axis
+from tpgptq_convert.families import Axis, Cut
+from tpgptq_convert.folded import gptq_config
 from tpgptq_convert.manifest import (
     INDEX,
     MANIFEST,
     RUNTIME,
     WEIGHTS_INDEX,
+    bits_of,
+    format_version,
+    intermediate_sizes,
     listed_files,
     read_manifest,
     weight_files,
     weights_digest,
 )
-from tpgptq_convert.packing import unpack_cols, unpack_rows, zero_points
+from tpgptq_convert.packing import pack_rows, unpack_cols, unpack_rows, zero_points
 from tpgptq_convert.processes import Processes
 from tpgptq_convert.progress import Progress, silent
-from tpgptq_convert.repack import Array, Device, Packed, open_device
+from tpgptq_convert.repack import Array, Device, open_device, read_layer
 from tpgptq_convert.source import (
     Allocate,
     SafetensorsFile,
@@ -59,11 +63,7 @@ from tpgptq_convert.writer import checksum
 
 TOKENS = 5
 TOLERANCE = 1e-9  # of the largest output; rounding stays far under it
-QUANTISATION_KEYS = {  # of config.json
-    *("quant_method", "format_version", "bits", "group_size", "sym", "desc_act"),
-    *("checkpoint_format", "tp", "layout", "weights_sha256"),
-}
-Places = NDArray[np.int64]  # columns of a layer
+Places = NDArray[np.int64]  # columns of a layer, or groups of its rows
 LIMBS, LIMB_BITS = 4, 10  # 40 bits of an input; tf32 would hold ten
 MANTISSA = 24  # bits of an integer that float32 holds
 THREADS = 3  # each holds a layer, several times as large when unpacked
@@ -107,9 +107,11 @@ def _check(
     processes: Processes,
 ) -> list[str]:
     """What this process finds in its share."""
+    if other := _another_model(checkpoint, manifest):  # all else would follow from that
+        return [other] if processes.first else []
     mine = slice(processes.rank, None, processes.size)
     blocks, place = checkpoint.blocks[mine], open_device(device)
-    total = sum(checkpoint.source_bytes(layer) for block in blocks for layer in block)
+    total = sum(layer.nbytes for block in blocks for layer in block)
     stop = Event()
     with (
         _unsplit(),
@@ -124,7 +126,7 @@ def _check(
         }
         mismatches: list[str] = []
         try:
-            stored = _Stored(out, manifest, checkpoint.geometry.kv_heads)
+            stored = _Stored(out, manifest)
             shared = checkpoint.shared[mine]
             same = pool.map(partial(_check_shared, checkpoint, stored), shared)
             if processes.first:
@@ -132,12 +134,11 @@ def _check(
                 mismatches += _check_names(checkpoint, stored)
                 mismatches += _check_index(out, stored)
                 mismatches += _check_carried(checkpoint, out)
-            names = {layer.name for layer in checkpoint.layers}
-            if set(manifest["modules"]) == names and stored.tp <= checkpoint.geometry.heads:
+            if stored.tp <= checkpoint.most_ranks:
                 check = partial(_check_block, checkpoint, stored, place)
                 for block, found in zip(blocks, pool.map(check, blocks), strict=True):
                     mismatches += found
-                    advance(sum(map(checkpoint.source_bytes, block)))
+                    advance(sum(layer.nbytes for layer in block))
             mismatches += [line for found in same for line in found]
             return [*_check_files(out, manifest, hashes, processes.first), *mismatches]
         except SourceError as error:  # a file of OUT that can't be read at all
@@ -185,38 +186,46 @@ def _check_files(
             yield f"{path.name}: not in the manifest"
 
 
+def _another_model(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> str | None:
+    """What is said where the layers of an output aren't the source's at all."""
+    names, modules = {layer.name for layer in checkpoint.layers}, set(manifest["modules"])
+    if modules == names:
+        return None
+    return (
+        f"{MANIFEST}: has {len(modules)} layers, {len(names & modules)} of them among the "
+        f"{len(names)} of {checkpoint.name}; the output says that it was made from "
+        f"{manifest['source'].get('name')!r}"
+    )
+
+
 def _check_manifest(
     checkpoint: Checkpoint, out: Path, manifest: Mapping[str, Any]
 ) -> Iterator[str]:
     """What servers read before any weight: the manifest and config.json."""
     quant, geometry, tp = checkpoint.quant, checkpoint.geometry, manifest["tp"]
     modules = manifest["modules"]
-    names = {layer.name for layer in checkpoint.layers}
-    if set(modules) != names:
-        yield (
-            f"{MANIFEST}: has {len(modules)} layers, {len(names & set(modules))} of them among the "
-            f"{len(names)} of {checkpoint.name}; the output says that it was made from "
-            f"{manifest['source'].get('name')!r}"
-        )
-        return
-    width = geometry.intermediate
+    mlps, folded = {}, manifest["layout"] == "gptq"
     for layer in checkpoint.layers:
         module, parallel = modules[layer.name], layer.linear.parallel
         if module["parallel"] != parallel:
             yield f"{layer.name}: parallel is {module['parallel']!r}; must be {parallel!r}"
-        if layer.linear.reads is Axis.MLP:
-            width = tp * module["in_features"]
+        if layer.linear.reads.free:
+            mlps[layer.linear.reads.name] = module["in_features"] * (1 if folded else tp)
+        if (bits := bits_of(manifest, layer.name)) != layer.bits:
+            yield f"{layer.name}: bits is {bits}; must be {layer.bits}"
     same = {
+        "format_version": format_version(modules),
         "bits": quant.bits,
         "checkpoint_format": quant.checkpoint_format,
         "tp": tp,
         "layout": manifest["layout"],
-        "sym": _symmetric(checkpoint) if quant.sym is None else quant.sym,
+        "sym": all(_symmetric(checkpoint, layer) for layer in checkpoint.layers if layer.quant),
     }
-    if tp > geometry.heads:
-        yield f"{MANIFEST}: tp is {tp}; must be at most {geometry.heads}, the number of heads"
+    if tp > checkpoint.most_ranks:
+        yield f"{MANIFEST}: tp is {tp}; must be at most {checkpoint.most_ranks} for this model"
     listed = listed_files(manifest)
-    for name in (RUNTIME, WEIGHTS_INDEX, "config.json"):
+    beside = QUANT_FILES[0] if folded else RUNTIME
+    for name in (beside, WEIGHTS_INDEX, "config.json"):
         if name not in listed:
             yield f"{MANIFEST}: files don't list {name}"
     sources = {name: file.path.stat().st_size for name, file in checkpoint.source.files.items()}
@@ -227,38 +236,45 @@ def _check_manifest(
         yield f"{MANIFEST}: source.files are {sizes}; must be {sources}"
     config = read_json(out / "config.json") if (out / "config.json").is_file() else {}
     inner = config.get("quantization_config")
-    for key in sorted(set(inner if isinstance(inner, dict) else ()) - QUANTISATION_KEYS):
+    said: dict[str, Any] = same | {
+        **{"quant_method": "tpgptq", "desc_act": False, "group_size": quant.group_size},
+        "format_version": manifest["format_version"],
+        "weights_sha256": weights_digest(manifest),
+    }
+    if folded:
+        said = gptq_config(checkpoint, bool(same["sym"]))
+        if (out / beside).is_file() and read_json(out / beside) != said:
+            yield f"{beside}: differs from quantization_config in config.json, as it must be"
+    for key in sorted(set(inner if isinstance(inner, dict) else ()) - set(said)):
         yield f"config.json quantization_config: {key} doesn't belong there"
     heads = {"query": geometry.heads, "kv": geometry.kv_heads}
-    heads |= {f"padded_{key}": count for key, count in heads.items()}
+    padded = (manifest["heads"]["padded_query"], manifest["heads"]["padded_kv"])
+    resized = checkpoint.family.resized(checkpoint.config, mlps)
+    resized = checkpoint.family.with_heads(resized, geometry, *padded)
     for file, actual, expected in (
         (MANIFEST, manifest, same | {"model_type": checkpoint.config["model_type"]}),
         (f"{MANIFEST} heads", manifest["heads"], heads),
         (f"{MANIFEST} intermediate", manifest["intermediate"],
-         {"size": geometry.intermediate, "padded": width}),
-        ("config.json quantization_config", config.get("quantization_config", {}),
-         same | {"quant_method": "tpgptq", "desc_act": False, "group_size": quant.group_size,
-                 "weights_sha256": weights_digest(manifest)}),
+         intermediate_sizes(checkpoint.mlps, mlps)),
+        ("config.json quantization_config", config.get("quantization_config", {}), said),
         ("config.json", {k: v for k, v in config.items() if k != "quantization_config"},
-         {k: v for k, v in checkpoint.family.resized(checkpoint.config, width).items()
-          if k != "quantization_config"}),
+         {k: v for k, v in resized.items() if k != "quantization_config"}),
     ):  # fmt: skip
         stated = actual if isinstance(actual, Mapping) else {}
         for key, value in expected.items():
             if json.dumps(stated.get(key)) != json.dumps(value):
                 yield f"{file}: {key} is {stated.get(key)!r}; must be {value!r}"
-    for key in sorted(set(config) - set(checkpoint.config) - {"quantization_config"}):
+    for key in sorted(set(config) - set(resized) - {"quantization_config"}):
         yield f"config.json: {key} is {config[key]!r}; the source doesn't have it"
 
 
-def _symmetric(checkpoint: Checkpoint) -> bool:
-    """Whether every zero point of the source is neutral."""
-    quant = checkpoint.quant
-    neutral = word_of(quant.stored_neutral, quant.bits)
-    return all(
-        (checkpoint.source.array(f"{layer.name}.qzeros").view(np.uint32) == neutral).all()
-        for layer in checkpoint.layers
-    )
+def _symmetric(checkpoint: Checkpoint, layer: Layer) -> bool:
+    """Whether every zero point of a layer is neutral: as the config says, if it does."""
+    quant = layer.quant
+    if quant is None or quant.sym is not None:
+        return quant is None or quant.sym is True
+    words = checkpoint.part(layer, "qzeros").view(np.uint32)
+    return bool((words == words_of(quant.stored_neutral, quant.bits, words.shape[1])).all())
 
 
 def _check_shared(checkpoint: Checkpoint, stored: _Stored, name: str) -> list[str]:
@@ -323,9 +339,10 @@ def _same(a: Tensor, b: Tensor) -> bool:
 class _Stored:
     """The tensors of an output, by layer and rank, whichever its layout."""
 
-    def __init__(self, out: Path, manifest: Mapping[str, Any], kv_heads: int) -> None:
-        self.manifest, self._kv_heads = manifest, kv_heads
-        self.tp: int = manifest["tp"]
+    def __init__(self, out: Path, manifest: Mapping[str, Any]) -> None:
+        self.manifest = manifest
+        self.folded = manifest["layout"] == "gptq"
+        self.tp: int = 1 if self.folded else manifest["tp"]
         self.files: dict[int | None, list[SafetensorsFile]] = {
             rank: [SafetensorsFile(out / name) for name in files]
             for rank, files in weight_files(manifest)
@@ -352,10 +369,10 @@ class _Stored:
 
     def parts(self, layer: Layer) -> list[str]:
         """The tensors that a rank must store of a layer."""
-        parts = ["qweight", "qzeros", "scales"]
+        parts = list(layer.tensors(0, 0, 0))
         module = self.manifest["modules"].get(layer.name, {})
-        parts += ["perm"] if module.get("perm") else []
-        return parts + (["bias"] if layer.bias and layer.linear.parallel == "column" else [])
+        parts += ["g_idx"] if self.folded else ["perm"] if module.get("perm") else []
+        return parts + (["bias"] if layer.column_bias else [])
 
     def check(self, layer: Layer, part: str, wanted: TensorSpec) -> None:
         """Raise _DamagedError unless every rank finds its slice of this dtype and shape."""
@@ -384,10 +401,10 @@ class _Stored:
                 for part, array in whole.items()
             }
 
-    def perm(self, layer: Layer, rank: int) -> IntArray:
-        """One rank's perm, which `check` found right."""
-        perm: IntArray = self._read(layer, "perm", rank, pageable)
-        return perm[self._cut(layer, "perm", perm.shape, rank)[0]]
+    def vector(self, layer: Layer, part: str, rank: int) -> IntArray:
+        """One rank's perm or g_idx, which `check` found right."""
+        vector: IntArray = self._read(layer, part, rank, pageable)
+        return vector[self._cut(layer, part, vector.shape, rank)[0]]
 
     def _read(self, layer: Layer, part: str, rank: int, allocate: Allocate) -> Array:
         name = f"{layer.name}.{part}"
@@ -403,9 +420,12 @@ class _Stored:
         column = module["parallel"] == "column"
         if not self.merged or (column and part == "perm"):
             return (), shape
-        dim, pieces = len(shape) - 1 if column else 0, self.tp
+        by_last = column != (part == "weight")  # (N, K), all others end with N
+        dim, pieces = len(shape) - 1 if by_last else 0, self.tp
         if layer.linear.writes == (Axis.KV,):  # kv heads that ranks share stand in it once
-            pieces = min(pieces, self._kv_heads)
+            pieces = min(pieces, self.manifest["heads"]["padded_kv"])
+        elif column and layer.linear.writes[0].whole:  # and so does what all have
+            pieces = 1
         if not shape or shape[dim] % pieces:
             raise _DamagedError(
                 f"rank {rank}: {part} {list(shape)} can't be cut for {self.tp} ranks"
@@ -431,6 +451,7 @@ class _Vectors:
     """Which values one rank's shard of a layer holds; small, and checked before any weight."""
 
     group_size: int
+    g_idx: Places  # (K_r,) the group of each row: consecutive, where none is stored
     perm: IntArray  # (K_r,), the identity where none is stored
     rows: IntArray  # source row of each stored row, -1 for padding; empty without an index file
     cols: IntArray
@@ -440,10 +461,20 @@ class _Vectors:
 class _Weights:
     """A layer's tensors on the device: the source's, or one rank's."""
 
-    qweight: Tensor  # (K/pf, N) int32
-    zeros: Tensor  # (G, N) uint8, as stored
-    scales: Tensor  # (G, N)
+    quant: QuantConfig | None
+    weight: Tensor  # (K*bits/32, N) int32; where it isn't quantised (K, N) floats
+    zeros: Tensor  # (G, N) uint8, as stored; (0, N) where it isn't quantised
+    scales: Tensor  # (G, N); (0, N)
     bias: Tensor | None  # (N,)
+
+    def values(self, begin: int, end: int, cols: Tensor | None = None) -> Tensor:
+        """Rows of the matrix, and whole columns in another order: (n, N) uint8 or floats."""
+        if self.quant is None:
+            rows = self.weight[begin:end]
+            return rows if cols is None else rows.index_select(1, cols)
+        bits = self.quant.bits
+        words = self.weight[begin * bits // 32 : end * bits // 32]
+        return unpack_rows(words if cols is None else words.index_select(1, cols), bits)
 
 
 class _Block:
@@ -457,7 +488,7 @@ class _Block:
         place: Device,
     ) -> None:
         self.checkpoint, self.stored, self.layers, self.place = checkpoint, stored, layers, place
-        self.quant, self.geometry = checkpoint.quant, checkpoint.geometry
+        self.geometry = checkpoint.geometry
         self.vectors: dict[str, list[_Vectors]] = {}
         # What the source (rank None) and every rank computed so far, (T, N) of each layer.
         self.outputs: dict[tuple[str, int | None], Tensor] = {}
@@ -481,16 +512,12 @@ class _Block:
         return damaged or [line for layer in self.layers for line in self._check_layer(layer)]
 
     def _check_tensors(self, layer: Layer) -> None:
-        module, pack = self.stored.manifest["modules"][layer.name], self.quant.pack_factor
+        module = self.stored.manifest["modules"][layer.name]
         k, n, size = module["in_features"], module["out_features"], module["group_size"]
         if n != self._output_width(layer):
             raise _DamagedError(f"out_features is {n}; must be {self._output_width(layer)}")
-        wanted = {
-            "qweight": TensorSpec("I32", (k // pack, n)),
-            "qzeros": TensorSpec("I32", (k // size, n // pack)),
-            "scales": TensorSpec(layer.scales.dtype, (k // size, n)),
-            "perm": TensorSpec("I32", (k,)),
-        }
+        wanted = layer.tensors(k, n, -(-k // size))
+        wanted |= {part: TensorSpec("I32", (k,)) for part in ("perm", "g_idx")}
         if layer.bias:
             wanted["bias"] = TensorSpec(layer.bias.dtype, (n,))
         for part in self.stored.parts(layer):
@@ -501,13 +528,22 @@ class _Block:
         k, n = module["in_features"], module["out_features"]
         perm, width = np.arange(k, dtype=np.int32), self._input_width(layer)
         if module["perm"]:
-            perm = stored.perm(layer, rank)
+            perm = stored.vector(layer, "perm", rank)
         if perm.min() < 0 or perm.max() >= width:
             raise _DamagedError(
                 f"rank {rank}: perm has entries outside 0 to {width - 1}, the rank's input"
             )
+        size = module["group_size"]
+        g_idx = np.arange(k) // size
+        if stored.folded:
+            consecutive, g_idx = g_idx, stored.vector(layer, "g_idx", rank).astype(np.int64)
+            if g_idx.min() < 0 or g_idx.max() > consecutive[-1]:
+                raise _DamagedError(f"g_idx has entries outside 0 to {consecutive[-1]}, its groups")
+            if layer.linear.reads.free and not np.array_equal(g_idx, consecutive):
+                raise _DamagedError("g_idx is not sequential; config.json says that it is")
         return _Vectors(
-            group_size=module["group_size"],
+            group_size=size,
+            g_idx=g_idx,
             perm=perm,
             rows=self._origin(layer, "rows", rank, k, layer.in_features),
             cols=self._origin(layer, "cols", rank, n, layer.out_features),
@@ -515,32 +551,42 @@ class _Block:
 
     def _input_width(self, layer: Layer) -> int:
         """Channels of a rank's input to a layer."""
-        return self._rank_widths[layer.linear.reads]
+        return self._rank_widths[layer.linear.reads.name]
 
     def _output_width(self, layer: Layer) -> int:
         """Channels of a rank's output of a layer."""
         return layer.linear.width(self._rank_widths)
 
     @cached_property
-    def _rank_widths(self) -> dict[Axis, int]:
-        """Channels of each axis that a rank has: for the MLP's alone what the manifest says."""
-        geometry, tp = self.geometry, self.stored.tp
-        reader = next(layer for layer in self.layers if layer.linear.reads is Axis.MLP)
+    def _rank_widths(self) -> dict[str, int]:
+        """Channels of each axis that a rank has: but for the hidden ones what the manifest says."""
+        geometry, tp, heads = self.geometry, self.stored.tp, self.stored.manifest["heads"]
+        modules = self.stored.manifest["modules"]
+        places = {kind: max(1, heads[f"padded_{kind}"] // tp) for kind in ("query", "kv")}
         return {
-            Axis.HIDDEN: geometry.hidden,
-            Axis.QUERY: geometry.heads // tp * geometry.head_dim,
-            Axis.KV: max(1, geometry.kv_heads // tp) * geometry.head_dim,
-            Axis.MLP: self.stored.manifest["modules"][reader.name]["in_features"],
+            **{
+                axis.name: self.checkpoint.widths[axis.name]
+                if axis.whole
+                else places["kv" if axis is Axis.KV else "query"] * geometry.sizes[axis.name]
+                for layer in self.layers
+                for axis in (layer.linear.reads, *layer.linear.writes)
+                if not axis.free
+            },
+            **{
+                layer.linear.reads.name: modules[layer.name]["in_features"]
+                for layer in self.layers
+                if layer.linear.reads.free
+            },
         }
 
     def _parts(self, axis: Axis, rank: int | None) -> Iterator[tuple[Layer, Places, Places]]:
         """The layers that write an axis; the columns of its channels in the source, on a rank."""
         widths = self.checkpoint.widths if rank is None else self._rank_widths
-        for layer in self.layers:
-            source = layer.linear.places(self.checkpoint.widths, self.geometry.head_dim)
-            own = layer.linear.places(widths, self.geometry.head_dim)
+        for layer in (layer for layer in self.layers if axis in layer.linear.writes):
+            source = layer.linear.places(self.checkpoint.widths, self.geometry.sizes)
+            own = layer.linear.places(widths, self.geometry.sizes)
             for written, whole, part in zip(layer.linear.writes, source, own, strict=True):
-                if written is axis:
+                if written == axis:
                     yield layer, whole, part
 
     def _origin(self, layer: Layer, what: str, rank: int, size: int, limit: int) -> IntArray:
@@ -564,8 +610,10 @@ class _Block:
     def _check_layer(self, layer: Layer) -> Iterator[str]:
         """Both proofs of one layer: every rank's values, and where a block's half ends its sum."""
         source = self._load_source(layer)
-        values = unpack_rows(source.qweight, self.quant.bits)
-        self.outputs[layer.name, None] = self._of_source(layer, source, values)
+        values = source.values(0, layer.in_features)
+        self.outputs[layer.name, None] = self._by_group(
+            self._input(layer, None), layer.g_idx, layer.group_size, source, values
+        )
         columns: Tensor | None = None
         for rank, tensors in enumerate(self.stored.load(layer, self.place.allocate)):
             own, vectors = self._load(layer, tensors), self.vectors[layer.name][rank]
@@ -574,32 +622,59 @@ class _Block:
                 before = self.vectors[layer.name][rank - 1].cols
                 if columns is None or not np.array_equal(vectors.cols, before):
                     columns = self._columns(source, values, vectors.cols)
-                proof = _Exact(vectors, columns, own, self.quant)
+                proof = _Exact(vectors, columns, own)
             self.outputs[layer.name, rank] = self._of_rank(layer, rank, own, proof)
             if proof:
                 found = (*proof.found(), *self._exact(layer, rank, own, source))
                 yield from (f"{layer.name}: rank {rank}: {what}" for what in found)
         if self.stored.has_index:
             yield from (f"{layer.name}: {what}" for what in self._counts(layer))
-        if layer.linear.reads is not Axis.HIDDEN:
-            yield from self._compare_sum(layer)
+            if layer.linear.reads.cut is Cut.HEADS:
+                yield from (f"{layer.name}: {what}" for what in self._heads_apart(layer))
+        if any(axis.whole for axis in layer.linear.writes):
+            yield from self._compare(layer)
 
     def _to(self, array: Array, dtype: str = "I32") -> Tensor:
         return as_tensor(array, dtype).to(self.device, non_blocking=True)
 
     def _load_source(self, layer: Layer) -> _Weights:
-        packed = Packed.read(self.checkpoint, layer, self.place.allocate)
-        tensors = {"qweight": packed.qweight, "qzeros": packed.qzeros, "scales": packed.scales}
-        return self._load(layer, tensors | ({} if packed.bias is None else {"bias": packed.bias}))
+        if layer.quant and self.checkpoint.form.transposed:
+            return self._load_transposed(layer, layer.quant)
+        return self._load(layer, vars(read_layer(self.checkpoint, layer, self.place.allocate)))
+
+    def _load_transposed(self, layer: Layer, quant: QuantConfig) -> _Weights:
+        """A source whose matrices lie (N, K): unpacked as they are, and not by what converts."""
+        source, bits = self.checkpoint.source, quant.bits
+
+        def stored(part: str) -> Tensor:
+            name = f"{layer.name}.{self.checkpoint.form.names[part]}"
+            return source.tensor(name).to(self.device)
+
+        scales = stored("scales").T.contiguous()
+        if quant.sym:  # there are no zero points
+            zeros = torch.full(scales.shape, 1 << (bits - 1), dtype=torch.uint8, device=self.device)
+        else:
+            zeros = unpack_rows(stored("qzeros"), bits).T.contiguous()
+        return _Weights(
+            quant=quant,
+            weight=pack_rows(unpack_cols(stored("qweight"), bits).T.contiguous(), bits),
+            zeros=zeros,
+            scales=scales,
+            bias=source.tensor(f"{layer.name}.bias").to(self.device) if layer.column_bias else None,
+        )
 
     def _load(self, layer: Layer, tensors: Mapping[str, Array]) -> _Weights:
         bias = None
-        if layer.bias and "bias" in tensors:
-            bias = self._to(tensors["bias"], layer.bias.dtype)
+        if layer.column_bias:
+            bias = self._to(tensors["bias"], layer.column_bias.dtype)
+        if layer.quant is None:
+            weight = self._to(tensors["weight"], layer.dtype).T
+            return _Weights(None, weight, weight[:0], weight[:0], bias)
         return _Weights(
-            qweight=self._to(tensors["qweight"]),
-            zeros=unpack_cols(self._to(tensors["qzeros"]), self.quant.bits),
-            scales=self._to(tensors["scales"], layer.scales.dtype),
+            quant=layer.quant,
+            weight=self._to(tensors["qweight"]),
+            zeros=unpack_cols(self._to(tensors["qzeros"]), layer.quant.bits),
+            scales=self._to(tensors["scales"], layer.dtype),
             bias=bias,
         )
 
@@ -609,8 +684,7 @@ class _Block:
         """The source's values (K, N) with its columns in a shard's order; -1 is any."""
         if cols[0] >= 0 and np.array_equal(cols, np.arange(cols[0], cols[0] + len(cols))):
             return values.narrow(1, int(cols[0]), len(cols))
-        words = source.qweight.index_select(1, self._to(np.maximum(cols, 0)))  # whole words move
-        return unpack_rows(words, self.quant.bits)
+        return source.values(0, len(values), self._to(np.maximum(cols, 0)))  # whole words move
 
     def _exact(self, layer: Layer, rank: int, own: _Weights, source: _Weights) -> Iterator[str]:
         """What stands beside the values of one shard, against the source's."""
@@ -619,8 +693,10 @@ class _Block:
         absent = self._to(np.flatnonzero(vectors.cols < 0), "I64")
         # Every group of the shard beside the source group of each of its rows.
         groups = layer.g_idx[vectors.rows[real_rows]]
-        pairs = np.unique(real_rows // vectors.group_size * layer.groups + groups)
+        pairs = np.unique(vectors.g_idx[real_rows] * layer.groups + groups)
         mine, theirs = (self._to(index, "I64") for index in np.divmod(pairs, layer.groups))
+        if layer.quant is None:
+            mine = theirs = mine[:0]
         own_cols = self._to(real_cols.astype(np.int64), "I64")
         cols = self._to(vectors.cols[real_cols].astype(np.int64), "I64")
         for name, ours, sources in (
@@ -632,7 +708,7 @@ class _Block:
                 yield f"{name} of its rows' groups differ from the source's"
         if len(absent) and (own.scales[:, absent] != 0).any():
             yield "padding columns are not exactly zero"
-        used = np.unique(real_rows // vectors.group_size)
+        used = np.unique(vectors.g_idx[real_rows])
         empty = np.setdiff1d(np.arange(len(own.scales)), used)
         if len(empty) and (own.scales[self._to(empty, "I64")] != 0).any():
             yield "groups of padding alone are not exactly zero"
@@ -656,28 +732,59 @@ class _Block:
         """The source channels of a rank's input, according to every layer that produces it."""
         if layer.linear.reads is Axis.HIDDEN:
             return [np.arange(layer.in_features, dtype=np.int32)]
-        feeds = []
-        for writer, source, own in self._parts(layer.linear.reads, rank):
+        return self._origins(layer.linear.reads, rank)
+
+    def _origins(self, axis: Axis, rank: int) -> list[IntArray]:
+        """The source channels of a rank's own, according to every layer that writes them."""
+        origins = []
+        for writer, source, own in self._parts(axis, rank):
             channel = np.full(writer.out_features + 1, -2, np.int32)  # of another part: none
             channel[source], channel[-1] = np.arange(len(source)), -1
-            feeds.append(channel[self.vectors[writer.name][rank].cols[own]])
-        return feeds
+            origins.append(channel[self.vectors[writer.name][rank].cols[own]])
+        return origins
+
+    def _heads_apart(self, layer: Layer) -> Iterator[str]:
+        """Query heads must share the place of their kv head, and every kv head have one there."""
+        group = self.geometry.queries_per_kv
+
+        def channels(heads: IntArray, like: IntArray) -> IntArray:
+            size = like.shape[1]
+            channels = heads[:, None] * size + np.arange(size)
+            return np.where(heads[:, None] < 0, -1, channels).astype(np.int32)
+
+        for rank in range(self.stored.tp):
+            queries, *kvs = (
+                origins.reshape(-1, self.geometry.sizes[axis.name])
+                for axis in (Axis.QUERY, *_kv_axes(layer))
+                for origins in self._origins(axis, rank)
+            )
+            heads = queries[:, 0] // queries.shape[1]
+            kv = (heads // group).reshape(len(kvs[0]), -1)  # of each place's query heads
+            places = kv.max(axis=1)
+            if not (
+                np.array_equal(queries, channels(heads, queries))
+                and ((kv == places[:, None]) | (kv == -1)).all()
+                and all(np.array_equal(of_part, channels(places, of_part)) for of_part in kvs)
+            ):
+                yield f"rank {rank}: its query heads don't stand with their kv heads"
 
     def _counts(self, layer: Layer) -> Iterator[str]:
-        """Every source row and column is kept once."""
+        """Every source row and column is kept once; kv heads wherever a query head needs them."""
         shards = self.vectors[layer.name]
-        copies = np.ones(layer.out_features, np.int32)
-        for written, place in zip(
-            layer.linear.writes,
-            layer.linear.places(self.checkpoint.widths, self.geometry.head_dim),
-            strict=True,
-        ):
-            if written is Axis.KV:
-                copies[place] = max(1, self.stored.tp // self.geometry.kv_heads)
         rows = np.stack([_count(shard.rows, layer.in_features) for shard in shards])
         cols = np.stack([_count(shard.cols, layer.out_features) for shard in shards])
         if layer.linear.parallel == "column":
-            good = (rows == 1).all(), (cols.sum(axis=0) == copies).all()
+            kept = cols.sum(axis=0)
+            for written, place in zip(
+                layer.linear.writes,
+                layer.linear.places(self.checkpoint.widths, self.geometry.sizes),
+                strict=True,
+            ):
+                if written is Axis.KV:
+                    kept[place] = np.minimum(kept[place], 1)
+                elif written.whole:
+                    kept[place] = (cols[:, place] == 1).all(axis=0)
+            good = (rows == 1).all(), (kept == 1).all()
         else:
             good = (rows.sum(axis=0) == 1).all(), (cols == 1).all()
         for what, ok in zip(("rows", "columns"), good, strict=True):
@@ -686,18 +793,21 @@ class _Block:
 
     # The functional proof: no index file from here on.
 
-    def _compare_sum(self, layer: Layer) -> Iterator[str]:
-        """The sum over the ranks against the source's half of a block, on random input.
+    def _compare(self, layer: Layer) -> Iterator[str]:
+        """The sum over the ranks, or what every rank has whole, against the source's.
 
         The row-parallel bias is left out: it is a shared tensor, and added after the sum.
         """
-        ranks = [self.outputs[layer.name, rank] for rank in range(self.stored.tp)]
-        expected, summed = self.outputs[layer.name, None], torch.stack(ranks).sum(dim=0)
-        error, largest = (summed - expected).abs().max(), expected.abs().max()
+        ranks = torch.stack([self.outputs[layer.name, rank] for rank in range(self.stored.tp)])
+        what = "what a rank makes of it"
+        if layer.linear.parallel == "row":
+            ranks, what = ranks.sum(dim=0), "the sum over the ranks"
+        expected = self.outputs[layer.name, None]
+        error, largest = (ranks - expected).abs().max(), expected.abs().max()
         if not error <= TOLERANCE * largest:
             yield (
-                f"{layer.name}: the sum over the ranks differs from the source's block by "
-                f"{error:.1e}; its largest value is {largest:.1e}"
+                f"{layer.name}: {what} differs from the source's block by {error:.1e}; its largest "
+                f"value is {largest:.1e}"
             )
 
     def _input(self, layer: Layer, rank: int | None) -> _Limbs:
@@ -705,9 +815,16 @@ class _Block:
         axis = layer.linear.reads
         if axis is Axis.HIDDEN:
             return self.x
+        if axis.cut is Cut.HEADS:
+            axes = (Axis.QUERY, *_kv_axes(layer))
+            q, k, v = (self._heads(out, of) for of in axes for out in self._written(of, rank))
+            if axis is Axis.VALUE:  # positions are in one key that all heads share
+                (rope,) = self._written(Axis.ROPE, rank)
+                k = torch.cat((k, rope.expand(len(k), *rope.shape)), dim=-1)
+            return _Limbs(self._attention(q, k, v))
         inner = self._written(axis, rank)
-        if axis is Axis.QUERY:
-            return _Limbs(self._attention(*inner, *self._written(Axis.KV, rank)))
+        if axis.whole:
+            return _Limbs(inner[0])
         inner[0] = FUNCTIONS[self.geometry.activation](inner[0])
         return _Limbs(inner[0] if len(inner) == 1 else inner[0] * inner[1])
 
@@ -718,47 +835,63 @@ class _Block:
             for layer, _, own in self._parts(axis, rank)
         ]
 
-    def _of_source(self, layer: Layer, weights: _Weights, values: Tensor) -> Tensor:
-        """The source's product (T, N): its rows group by group, each filled up to whole units."""
-        unit = self._unit(layer.group_size)
-        counts = np.bincount(layer.g_idx, minlength=layer.groups)
+    def _by_group(
+        self,
+        x: _Limbs,
+        g_idx: IntArray | Places,
+        group_size: int,
+        weights: _Weights,
+        values: Tensor,
+    ) -> Tensor:
+        """The product (T, N) of rows in any order: group by group, each filled to whole units."""
+        unit = self._unit(group_size, weights.quant.bits if weights.quant else None)
+        counts = np.bincount(g_idx, minlength=len(weights.scales))
         units = -(-counts // unit)
         rows = np.full(units.sum() * unit, -1, np.int64)
         begins = np.repeat((units.cumsum() - units) * unit - (counts.cumsum() - counts), counts)
-        rows[np.arange(layer.in_features) + begins] = np.argsort(layer.g_idx, kind="stable")
-        index, groups = self._to(rows, "I64"), np.repeat(np.arange(layer.groups), units)
-        product = _Product(self._input(layer, None), index, weights, groups, unit, self.quant)
+        rows[np.arange(len(g_idx)) + begins] = np.argsort(g_idx, kind="stable")
+        index, groups = self._to(rows, "I64"), np.repeat(np.arange(len(units)), units)
+        product = _product(x, index, weights, groups, unit)
         for begin, end in self._slices(len(rows), unit, values.shape[1]):
             product.add(begin, values.index_select(0, index[begin:end].clamp(min=0)))
         return product.total
 
     def _of_rank(self, layer: Layer, rank: int, weights: _Weights, proof: _Exact | None) -> Tensor:
         """A rank's product (T, N); its values are compared on the way."""
-        vectors, pack = self.vectors[layer.name][rank], self.quant.pack_factor
-        unit, k = self._unit(vectors.group_size), len(vectors.perm)
+        vectors = self.vectors[layer.name][rank]
+        if self.stored.folded:
+            values, x = weights.values(0, len(vectors.perm)), self._input(layer, rank)
+            if proof:
+                proof.compare(0, values)
+            return self._by_group(x, vectors.g_idx, vectors.group_size, weights, values)
+        unit, k = self._unit(vectors.group_size, layer.bits), len(vectors.perm)
         groups = np.arange(0, k, unit) // vectors.group_size
         perm = self._to(vectors.perm.astype(np.int64), "I64")
-        product = _Product(self._input(layer, rank), perm, weights, groups, unit, self.quant)
-        for begin, end in self._slices(k, unit, weights.qweight.shape[1]):
-            values = unpack_rows(weights.qweight[begin // pack : end // pack], self.quant.bits)
+        product = _product(self._input(layer, rank), perm, weights, groups, unit)
+        whole = math.lcm(unit, layer.pack_factor)
+        for begin, end in self._slices(k, whole, weights.weight.shape[1]):
+            values = weights.values(begin, end)
             product.add(begin, values)
             if proof:
                 proof.compare(begin, values)
         return product.total
 
-    def _unit(self, group_size: int) -> int:
+    def _unit(self, group_size: int, bits: int | None) -> int:
         """Rows whose products are summed exactly, a divisor of the group size."""
-        return math.gcd(group_size, 128, 1 << (MANTISSA - LIMB_BITS - self.quant.bits))
+        return math.gcd(group_size, 128, 1 << (MANTISSA - LIMB_BITS - (bits or 0)))
 
-    def _slices(self, rows: int, unit: int, columns: int) -> Iterator[tuple[int, int]]:
+    def _slices(self, rows: int, whole: int, columns: int) -> Iterator[tuple[int, int]]:
         """Ranges of rows that are worked on at a time: what a core's cache, or a GPU, likes."""
-        whole = math.lcm(unit, self.quant.pack_factor)
         size = max(1, SLICE[self.device.type] // (columns * whole)) * whole
         return ((begin, min(begin + size, rows)) for begin in range(0, rows, size))
 
+    def _heads(self, out: Tensor, axis: Axis) -> Tensor:
+        """(T, heads * size) -> (heads, T, size)."""
+        heads: Tensor = out.unflatten(1, (-1, self.geometry.sizes[axis.name]))
+        return heads.transpose(0, 1)
+
     def _attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Causal softmax attention with rotary embedding, (T, heads * head_dim)."""
-        q, k, v = (t.unflatten(1, (-1, self.geometry.head_dim)).transpose(0, 1) for t in (q, k, v))
+        """Causal softmax attention, rotary embedding; (heads, T, size) -> (T, heads * size)."""
         q, k = (_rotate(self._head_norm(t, name)) for t, name in ((q, "q_norm"), (k, "k_norm")))
         k, v = (t.repeat_interleave(len(q) // len(k), dim=0) for t in (k, v))
         return (
@@ -768,25 +901,28 @@ class _Block:
         )
 
     def _head_norm(self, heads: Tensor, name: str) -> Tensor:
-        """The per-head norm that some models apply to queries and keys; (heads, T, head_dim)."""
+        """The per-head norm that some models apply to queries and keys; (heads, T, head_dim).
+
+        One over all heads is left out: a factor that is the same on all ranks proves no more.
+        """
         block = self.layers[0].name.removesuffix(self.layers[0].linear.name)
         full = f"{block}self_attn.{name}.weight"
         if full not in self.checkpoint.shared:
             return heads
-        weight = self.checkpoint.source.tensor(full).to(heads)
+        weight = self.checkpoint.source.tensor(full)
+        if len(weight) != heads.shape[-1]:
+            return heads
+        weight = weight.to(heads).nan_to_num()  # it is copied as it is
         return functional.rms_norm(heads, (heads.shape[-1],), weight)
 
 
 class _Exact:
     """Compares a shard's values with the source's, slice by slice."""
 
-    def __init__(
-        self, vectors: _Vectors, columns: Tensor, own: _Weights, quant: QuantConfig
-    ) -> None:
+    def __init__(self, vectors: _Vectors, columns: Tensor, own: _Weights) -> None:
         """columns (K, N_r): the source's values with the columns as the shard has them."""
-        self._group_size, self._columns, self._own, self._quant = (
-            vectors.group_size, columns, own, quant
-        )  # fmt: skip
+        self._columns, self._own = columns, own
+        self._g_idx = as_tensor(vectors.g_idx, "I64").to(columns.device)
         self._rows = as_tensor(vectors.rows, "I32").to(columns.device)
         self._padding = vectors.rows < 0
         self._absent = as_tensor(vectors.cols < 0, "BOOL").to(columns.device)
@@ -794,16 +930,19 @@ class _Exact:
         self._differs = self._not_zero = False
 
     def compare(self, begin: int, values: Tensor) -> None:
-        """The rows from `begin` of the shard, (n, N_r) uint8."""
-        end = begin + len(values)
+        """The rows from `begin` of the shard, (n, N_r) uint8 or floats."""
+        end, quant = begin + len(values), self._own.quant
         expected = self._columns.index_select(0, self._rows[begin:end].clamp(min=0))
         if self._some_absent:
-            expected = torch.where(self._absent, values, expected)
+            anything = values if quant else values.new_zeros(())
+            expected = torch.where(self._absent, anything, expected)
         padding = as_tensor(np.flatnonzero(self._padding[begin:end]), "I64").to(values.device)
-        if len(padding):
+        if len(padding) and quant is None:
+            expected[padding] = 0
+        elif len(padding) and quant:
             expected[padding] = values[padding]
-            group = (padding + begin) // self._group_size
-            zeros = zero_points(self._own.zeros[group], self._quant.checkpoint_format)
+            group = self._g_idx[padding + begin]
+            zeros = zero_points(self._own.zeros[group], quant.checkpoint_format)
             real = self._own.scales[group] != 0
             self._not_zero |= bool(((values[padding] != zeros) & real).any())
         self._differs |= not _same(values, expected)
@@ -811,7 +950,8 @@ class _Exact:
     def found(self) -> Iterator[str]:
         """What differs, in words."""
         if self._differs:
-            yield "qweight holds values that differ from the source's"
+            what = "qweight" if self._own.quant else "weight"
+            yield f"{what} holds values that differ from the source's"
         if self._not_zero:
             yield "padding rows are not exactly zero"
 
@@ -824,6 +964,7 @@ class _Limbs:
     """
 
     def __init__(self, x: Tensor) -> None:
+        self.x = x
         largest = float(x.abs().max())
         scale = 2.0 ** math.ceil(math.log2(largest)) if 0 < largest < math.inf else 1.0
         rest = x / scale
@@ -847,9 +988,9 @@ class _Product:
         x: _Limbs,
         channels: Tensor,
         weights: _Weights,
+        quant: QuantConfig,
         groups: NDArray[np.integer],
         unit: int,
-        quant: QuantConfig,
     ) -> None:
         """channels (n,): the input of each row, -1 for none; groups: of every `unit` of rows."""
         device = channels.device
@@ -875,8 +1016,36 @@ class _Product:
         self.total += torch.einsum("utn,un->tn", weighed, self._scales[at])
 
 
+class _DenseProduct:
+    """The same with a layer that isn't quantised."""
+
+    def __init__(self, x: _Limbs, channels: Tensor, weights: _Weights) -> None:
+        self._x = x.x.index_select(1, channels.clamp(min=0)).mul_(channels >= 0)
+        columns = weights.weight.shape[1]
+        self.total = torch.zeros(x.tokens, columns, dtype=torch.float64, device=channels.device)
+        if weights.bias is not None:
+            self.total += weights.bias.double()
+
+    def add(self, begin: int, values: Tensor) -> None:
+        """The rows from `begin`, (n, N) floats."""
+        self.total += self._x[:, begin : begin + len(values)] @ values.double()
+
+
+def _product(
+    x: _Limbs, channels: Tensor, weights: _Weights, groups: NDArray[np.integer], unit: int
+) -> _Product | _DenseProduct:
+    if weights.quant is None:
+        return _DenseProduct(x, channels, weights)
+    return _Product(x, channels, weights, weights.quant, groups, unit)
+
+
 class _DamagedError(Exception):
     """A stored tensor that can't be compared at all."""
+
+
+def _kv_axes(layer: Layer) -> tuple[Axis, ...]:
+    """What the queries are attended with, for the layer that reads the outcome."""
+    return (Axis.KEY, Axis.VALUE) if layer.linear.reads is Axis.VALUE else (Axis.KV,)
 
 
 def _count(vector: IntArray, size: int) -> IntArray:

@@ -49,7 +49,7 @@ from vllm.scalar_type import scalar_types
 
 from tpgptq_convert.errors import DegreeError, OutputError, UnsupportedError
 from tpgptq_convert.manifest import (
-    FORMAT_VERSION,
+    FORMAT_VERSIONS,
     MANIFEST,
     WEIGHTS_INDEX,
     read_manifest,
@@ -58,6 +58,7 @@ from tpgptq_convert.manifest import (
     wrong_tensors,
 )
 from tpgptq_convert.packing import pack_cols, unpack_cols, zero_points
+from tpgptq_convert.served import BITS, refusals
 from tpgptq_convert.source import SafetensorsFile, read_json
 from tpgptq_convert.tpgptq_runtime import Checkpoint
 from tpgptq_convert.writer import checksum
@@ -67,8 +68,7 @@ logger = init_logger("vllm.tpgptq")
 METHOD = "tpgptq"
 CHECKSUMS = "TPGPTQ_CHECKSUMS"  # set to 1: files are compared with the manifest's checksums
 KERNEL_GROUPS = (128, 64, 32)  # what vLLM's kernels take, but for one group per column
-BITS, PACK = 4, 8  # PACK values in an int32
-MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+PACK = 32 // BITS  # values in an int32
 
 
 def register() -> None:
@@ -110,15 +110,9 @@ class Output:
             "weights_sha256": weights_digest(self.manifest),
             **{key: self.manifest[key] for key in keys},
         }
-        if self.manifest["model_type"] not in MODEL_TYPES:
+        if problems := refusals(self.manifest):
             raise UnsupportedError(
-                f"{model}: model_type is {self.manifest['model_type']!r}; must be one of "
-                f"{', '.join(MODEL_TYPES)}, which the plugin is tested with",
-                hint="run it with tpgptq_runtime.py, which lies in the output",
-            )
-        if self.manifest["bits"] != BITS:
-            raise UnsupportedError(
-                f"{model}: has weights of {self.manifest['bits']} bits; must be of {BITS}",
+                *(f"{model}: {problem}" for problem in problems),
                 hint="run it with tpgptq_runtime.py, which lies in the output",
             )
 
@@ -224,10 +218,10 @@ class TpgptqConfig(QuantizationConfig):  # type: ignore[misc]
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> TpgptqConfig:
         version = config.get("format_version")
-        if version != FORMAT_VERSION:
+        if version not in FORMAT_VERSIONS:
             raise OutputError(
                 f"config.json: format_version of quant_method tpgptq is {version!r}; "
-                f"must be {FORMAT_VERSION}",
+                f"must be {' or '.join(map(str, FORMAT_VERSIONS))}",
                 hint="use the version of tpgptq-convert that wrote it, or convert again",
             )
         return cls(config)
@@ -446,11 +440,19 @@ class TpgptqLinearMethod(LinearMethodBase):  # type: ignore[misc]
         if self.row:
             shard = torch.arange(len(self.shards), dtype=perms.dtype, device=perms.device)
             perms = perms + inputs * shard.repeat_interleave(self.rows // len(self.shards))
-        if any(len(perm.unique()) != self.inputs for perm in perms):
+        read = self.inputs - (self._empty_inputs() if self.row else 0)
+        if any(len(perm.unique()) < read for perm in perms):
             raise self._damaged(f"perm leaves out some of the {self.inputs} inputs; must not")
         own = torch.arange(self.rows, dtype=perms.dtype, device=perms.device)
         identity = self.rows == self.inputs
         return [None if identity and torch.equal(perm, own) else perm for perm in perms]
+
+    def _empty_inputs(self) -> int:
+        """Channels of empty heads, all of which one rank may have."""
+        heads: Mapping[str, int] = self.output.manifest["heads"]
+        query, padded = heads["query"], heads["padded_query"]
+        channels: int = self.inputs * self.degree
+        return channels * (padded - query) // padded
 
     def _damaged(self, problem: str) -> OutputError:
         return OutputError(

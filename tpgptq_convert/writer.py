@@ -1,30 +1,29 @@
-"""Safetensors files written tensor by tensor, with checksums, in a directory renamed when whole."""
+"""Safetensors files written tensor by tensor, with checksums."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from threading import Event, Lock
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tpgptq_convert.errors import OutputError, TpgptqError, VerificationError
-from tpgptq_convert.manifest import MANIFEST, listed_files, read_manifest
-from tpgptq_convert.source import TensorSpec
+from tpgptq_convert.manifest import MANIFEST, read_manifest
+from tpgptq_convert.source import CHUNK, TensorSpec, reading
 
 SYNCED = 1 << 27  # bytes of a file that are forced to the disk at a time
 ALIGNMENT = 64  # of the data in a file, for readers that map it
+
+Note = Callable[[Path, int, str], None]  # so many first bytes of a file are written; their SHA-256
 
 
 class Parts:
@@ -41,6 +40,7 @@ class Parts:
         specs: Mapping[str, TensorSpec],
         max_bytes: int,
         pool: ThreadPoolExecutor,
+        note: Note = lambda *_: None,
     ) -> None:
         """part_name(part, parts) names a file; a tensor larger than max_bytes has its own."""
         groups: list[dict[str, TensorSpec]] = []
@@ -53,7 +53,8 @@ class Parts:
             filled += spec.nbytes
         names = [part_name(i, len(groups)) for i in range(len(groups))]
         self.parts = [
-            Part(directory / name, group, pool) for name, group in zip(names, groups, strict=True)
+            Part(directory / name, group, pool, note)
+            for name, group in zip(names, groups, strict=True)
         ]
         self.specs = specs
         self._at = {name: at for at, group in enumerate(groups) for name in group}
@@ -79,15 +80,34 @@ class Parts:
         """Where a tensor begins, as a fraction of all."""
         return self._begin[name] / max(1, self.total_size)
 
-    def write(self, tensors: Mapping[str, NDArray[Any]]) -> list[Future[None]]:
+    def write(self, tensors: Mapping[str, NDArray[Any]]) -> list[Writing]:
         """Write the next tensors of their files, or the next piece of one.
 
-        It is done when the futures are; the arrays must not change until then.
+        The arrays must not change until it is done. The results are waited for in their order.
         """
         of_part: dict[Part, dict[str, NDArray[Any]]] = {}
         for name, array in tensors.items():
             of_part.setdefault(self.part(name), {})[name] = array
-        return [future for part, some in of_part.items() for future in part.write(some)]
+        return [part.write(some) for part, some in of_part.items()]
+
+
+@dataclass(frozen=True)
+class Writing:
+    """A stretch of a file on its way to the disk."""
+
+    part: Part
+    end: int  # of the stretch, in the file
+    hashed: Future[str]  # SHA-256 of the file up to there
+    written: Future[None]
+
+    def done(self) -> bool:
+        """Whether it is there."""
+        return self.written.done() and self.hashed.done()
+
+    def result(self) -> None:
+        """Wait until it is there, all that was written before it being there already."""
+        self.written.result()
+        self.part.note(self.part.path, self.end, self.hashed.result())
 
 
 class Part:
@@ -97,20 +117,45 @@ class Part:
     """
 
     def __init__(
-        self, path: Path, specs: Mapping[str, TensorSpec], pool: ThreadPoolExecutor
+        self, path: Path, specs: Mapping[str, TensorSpec], pool: ThreadPoolExecutor, note: Note
     ) -> None:
-        self.path, self.specs = path, specs
+        self.path, self.specs, self.note = path, specs, note
+        self.kept: frozenset[str] = frozenset()  # tensors that an earlier run has written
         self._header = _header(specs)
-        self.nbytes = len(self._header) + sum(spec.nbytes for spec in specs.values())
+        ends = accumulate((spec.nbytes for spec in specs.values()), initial=len(self._header))
+        _, *self._ends = ends  # of the tensors
+        self.nbytes = max(self._ends, default=len(self._header))
         self._pool = pool
         self._due = [(name, spec.nbytes) for name, spec in specs.items()][::-1]
         self._end = 0  # of what is written, or about to be
         self._hash = hashlib.sha256()
-        self._to_hash: deque[tuple[Sequence[memoryview], Future[None]]] = deque()
+        self._to_hash: deque[tuple[Sequence[memoryview], Future[str]]] = deque()
         self._lock = Lock()  # of the two around it
         self._hashing = False
 
-    def write(self, tensors: Mapping[str, NDArray[Any]]) -> list[Future[None]]:
+    def reuse(self, written: Mapping[int, str]) -> None:
+        """Keep the tensors that an earlier run has written, if their bytes still hash the same.
+
+        written: SHA-256 of the file's first bytes, by how many they are.
+        """
+        running, size, last = hashlib.sha256(), 0, max(written, default=0)
+        try:
+            with self.path.open("r+b") as file:
+                for count, end in enumerate(self._ends, start=1):
+                    if end > last or not _advance(file, running, end - size):
+                        break
+                    size = end
+                    if written.get(end) == running.hexdigest():
+                        self.kept = frozenset(list(self.specs)[:count])
+                        self._end, self._hash = end, running.copy()
+                file.truncate(self._end)
+        except FileNotFoundError:
+            return
+        del self._due[len(self._due) - len(self.kept) :]
+        if not self.kept:
+            self.path.unlink()
+
+    def write(self, tensors: Mapping[str, NDArray[Any]]) -> Writing:
         """See `Parts.write`."""
         data = []
         if self._end == 0:
@@ -126,13 +171,13 @@ class Part:
             data.append(octets.data)
         offset = self._end
         self._end += sum(map(len, data))
-        return [self._hash_next(data), self._pool.submit(self._write, data, offset)]
+        hashed = self._hash_next(data)
+        return Writing(self, self._end, hashed, self._pool.submit(self._write, data, offset))
 
     def finish(self) -> dict[str, Any]:
         """Size and SHA-256 of the file, when all its writes are done."""
         if self._end == 0:  # it has no tensors
-            for future in self.write({}):
-                future.result()
+            self.write({}).result()
         if self._due:
             raise AssertionError(f"{self.path.name}: {self._due[-1][0]} was not written")
         with self.path.open("r+b") as file:  # before a rename that says that it is there
@@ -150,9 +195,9 @@ class Part:
             if begin // SYNCED < offset // SYNCED:
                 os.fsync(file.fileno())
 
-    def _hash_next(self, data: Sequence[memoryview]) -> Future[None]:
+    def _hash_next(self, data: Sequence[memoryview]) -> Future[str]:
         """Hash the data after what came before; one job of the pool at a time does so."""
-        future: Future[None] = Future()
+        future: Future[str] = Future()
         with self._lock:
             self._to_hash.append((data, future))
             if not self._hashing:
@@ -169,7 +214,15 @@ class Part:
                 data, future = self._to_hash.popleft()
             for octets in data:
                 self._hash.update(octets)
-            future.set_result(None)
+            future.set_result(self._hash.hexdigest())
+
+
+def _advance(file: BinaryIO, digest: Any, count: int) -> bool:
+    """Hash the next bytes of a file; whether there are so many."""
+    while count and (data := file.read(min(count, CHUNK))):
+        digest.update(data)
+        count -= len(data)
+    return count == 0
 
 
 def _header(specs: Mapping[str, TensorSpec]) -> bytes:
@@ -192,138 +245,26 @@ def checksum(path: Path, stop: Event | None = None) -> dict[str, Any]:
     """Size and SHA-256 of a file, as the manifest states them; wrong once `stop` is set."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
     size = 0
-    with path.open("rb", buffering=0) as file:
+    with reading(path), path.open("rb", buffering=0) as file:
         while (count := file.readinto(buffer)) and not (stop and stop.is_set()):
             digest.update(buffer[:count])
             size += count
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
+def json_text(value: Any) -> str:
+    """As the JSON files of an output are written."""
+    return json.dumps(value, indent=2) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json_text(value), encoding="utf-8")
 
 
-def check_free(out: Path, overwrite: bool, needed: int, source: Path) -> None:
-    """Refuse an output that exists, that would touch the source, or that can't fit."""
-    real, model = out.resolve(), source.resolve()
-    if real == model or real in model.parents or model in real.parents:
-        raise OutputError(
-            f"{out}: lies over the source {source}; must be a directory of its own",
-            hint="name another output directory",
-        )
-    if out.exists() or out.is_symlink():
-        _check_replaceable(out, overwrite)
-    parent = next(p for p in real.parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise OutputError(
-            f"{parent}: not a directory that can be written; must be one, to hold {out.name}",
-            hint="name another output directory, or change its permissions",
-        )
-    free = shutil.disk_usage(parent).free
-    if needed > free:
-        raise OutputError(
-            f"{out}: needs {needed / 1e9:.1f} GB; its disk has {free / 1e9:.1f} GB free",
-            hint="free some space, or name an output directory on another disk",
-        )
-
-
-def _check_replaceable(out: Path, overwrite: bool) -> None:
-    """Refuse to replace anything but an earlier output, whole and with nothing added to it."""
-    foreign = _foreign(out)
-    if foreign:
-        what = "is" if foreign == out else f"{foreign} is"
-        raise OutputError(
-            f"{out}: exists, and {what} no part of an output of this tool; must be a new directory",
-            hint="name another output directory",
-        )
-    if not overwrite:
-        raise OutputError(
-            f"{out}: exists; must be a new directory", hint="use --overwrite to replace it"
-        )
-
-
-def _foreign(path: Path) -> Path | None:
-    """Something in a directory that no run of this tool wrote there, or None."""
-    if path.is_symlink() or not path.is_dir() or path.resolve() == Path.cwd():
-        return path
-    if not (path / MANIFEST).is_file():
-        for child in path.iterdir():  # an output of several degrees holds tp-N alone
-            mine = child.name.startswith("tp-") and (child / MANIFEST).is_file()
-            found = _foreign(child) if mine else child
-            if found:
-                return found
-        return None
-    try:
-        listed = {*listed_files(read_manifest(path)), MANIFEST, "README.md"}
-    except TpgptqError:
-        return path / MANIFEST
-    files = (
-        child
-        for child in path.rglob("*")
-        if (child.is_symlink() or not child.is_dir()) and child.parent.name != "__pycache__"
-    )
-    return next((file for file in files if str(file.relative_to(path)) not in listed), None)
-
-
-@contextmanager
-def staging(out: Path, overwrite: bool) -> Iterator[Path]:
-    """A temporary directory beside `out` that becomes it, or leaves nothing.
-
-    After a VerificationError it is kept as OUT.failed, for study.
-    """
-    made = [parent for parent in out.parents if not parent.exists()]
-    stage = None
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(prefix=f".{out.name}.tpgptq-", dir=out.parent))
-        stage.chmod(0o777 & ~_umask())
-        yield stage
-        _move(stage, out, overwrite)
-    except VerificationError:
-        with suppress(OutputError):  # something of somebody else's stands there
-            _move(stage or out, failed_path(out), overwrite=True)
-        raise
-    except OSError as error:
-        raise _cannot_write(out, error) from error
-    finally:
-        if stage:
-            shutil.rmtree(stage, ignore_errors=True)
-        for parent in made:
-            with suppress(OSError):  # it holds the output
-                parent.rmdir()
-
-
-def failed_path(out: Path) -> Path:
-    """Where an output that failed its verification is kept."""
-    return out.with_name(out.name + ".failed")
-
-
-def _cannot_write(out: Path, error: OSError) -> OutputError:
-    return OutputError(
-        f"{out}: can't be written ({error.strerror or error}"
-        f"{f': {error.filename}' if error.filename else ''}); nothing was left behind",
-        hint="name an output directory that can be written and has room",
-    )
-
-
-def _move(stage: Path, out: Path, overwrite: bool) -> None:
-    """Rename `stage` to `out`; what stood there goes only once the new one is in place."""
-    if out.exists() or out.is_symlink():  # also where it came into being meanwhile
-        _check_replaceable(out, overwrite)
-    if not out.exists():
-        stage.rename(out)
-        return
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.tpgptq-", dir=out.parent)) / out.name
-    try:
-        out.rename(old)
-        stage.rename(out)
-    finally:
-        if old.exists() and not out.exists():
-            old.rename(out)
-        shutil.rmtree(old.parent, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def record_verified(out: Path) -> dict[str, Any]:
+    """State in OUT's manifest that OUT was proven against its source; returns the manifest."""
+    manifest = read_manifest(out) | {"verified": True}
+    new = out / f".{MANIFEST}"
+    write_json(new, manifest)
+    new.replace(out / MANIFEST)
+    return manifest
