@@ -10,12 +10,14 @@ Every way makes new files out of one checkpoint, as a whole process that ends wi
     convert          tpgptq convert --no-verify
     with verify      tpgptq convert
     verify           tpgptq verify
+    N processes      tpgptq convert --no-verify, by torchrun; each on a GPU of its own
 
 The ways take turns, the first round is dropped as a warm-up, and medians are printed: of the whole
-process, and of the work alone, without the start of Python, torch and the GPU. Memory is the peak
-resident set above that of `import torch`, and the peak that torch holds on the GPU. Nothing is
-dropped from the page cache: the source is read from memory where it fits. On a RAM disk (--work
-/dev/shm/bench) the disk's own speed hides nothing.
+process, and of the work alone, without the start of Python, torch and the GPU (of torchrun's, from
+when one of them is ready: it waits for the others). Interrupted, it prints the rounds that it has.
+Memory is the peak resident set above that of `import torch`, and the peak that torch holds on the
+GPU. Nothing is dropped from the page cache: the source is read from memory where it fits. On a RAM
+disk (--work /dev/shm/bench) the disk's own speed hides nothing.
 
 Below stands what one block's layers cost in memory: TGIS's way (unpack to int32 on the CPU, index,
 slice, pack, with torch's own threads) and this executor's, from host memory to host memory, as many
@@ -31,6 +33,7 @@ Usage:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
@@ -74,7 +77,9 @@ class Run(NamedTuple):
     device_bytes: int
 
 
-def commands(model: Path, out: Path, tps: Sequence[int], device: str) -> dict[str, list[str]]:
+def commands(
+    model: Path, out: Path, tps: Sequence[int], device: str, processes: int
+) -> dict[str, list[str]]:
     """The command line of each way, in an order in which `verify` finds what it needs."""
     this, paths = [sys.executable, __file__, "--child"], [str(model), str(out)]
     ways = {
@@ -88,6 +93,17 @@ def commands(model: Path, out: Path, tps: Sequence[int], device: str) -> dict[st
         ways[f"tp {tp}: convert"] = [*convert, "--no-verify", *paths]
         ways[f"tp {tp}: verify"] = [*this, "tpgptq", "verify", "-q", "--device", device, *paths]
         ways[f"tp {tp}: with verify"] = [*convert, *paths]
+        if processes > 1:
+            launch = [
+                "-m",
+                "torch.distributed.run",
+                "--standalone",
+                f"--nproc-per-node={processes}",
+            ]
+            ways[f"tp {tp}: {processes} processes"] = [
+                *(sys.executable, *launch, *convert[1:], "--no-verify"),
+                *paths,
+            ]
     return ways
 
 
@@ -97,7 +113,11 @@ def measure(command: Sequence[str], notes: Path) -> Run:
     started = time.perf_counter()
     environment = os.environ | {"BENCH_NOTES": str(notes)}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
-    _, status, usage = os.wait4(process.pid, 0)
+    try:
+        _, status, usage = os.wait4(process.pid, 0)
+    except KeyboardInterrupt:
+        process.terminate()
+        raise
     before_sync = time.perf_counter()
     os.sync()
     seconds = time.perf_counter() - started
@@ -111,14 +131,13 @@ def measure(command: Sequence[str], notes: Path) -> Run:
 
 
 def measure_all(
-    model: Path, tps: Sequence[int], device: str, runs: int, work: Path, ways: str
-) -> dict[str, list[Run]]:
-    """Every way in turn, `runs` + 1 times; the first round is dropped."""
-    results: dict[str, list[Run]] = {}
+    model: Path, args: argparse.Namespace, work: Path, results: dict[str, list[Run]]
+) -> None:
+    """Every way in turn, `runs` + 1 times; the first round is dropped. Fills `results`."""
     out = work / "out"
-    for turn in range(runs + 1):
-        for way, command in commands(model, out, tps, device).items():
-            if not re.search(ways, way):
+    for turn in range(args.runs + 1):
+        for way, command in commands(model, out, args.tp, args.device, args.processes).items():
+            if not re.search(args.ways, way):
                 continue
             if "verify" not in way.split() or "with" in way.split():
                 shutil.rmtree(out, ignore_errors=True)
@@ -128,7 +147,6 @@ def measure_all(
             print(f"{label}: {way} {run.seconds:.2f} s", file=sys.stderr, flush=True)
             if turn:
                 results.setdefault(way, []).append(run)
-    return results
 
 
 def baseline(notes: Path) -> int:
@@ -144,7 +162,8 @@ def table(
         "| way | seconds (min-max) | work alone | x faster copy | GB/s | CPU s | host MB | GPU MB |"
     )
     yield "|---|--:|--:|--:|--:|--:|--:|--:|"
-    base = min(median(results[way], "work") for way in ("cp", "copy"))
+    copies = [median(results[way], "work") for way in ("cp", "copy") if way in results]
+    base = min(copies, default=math.nan)
     for way, runs in results.items():
         seconds, work = [run.seconds for run in runs], median(runs, "work")
         host = max(0, max(run.host_bytes for run in runs) - torch_bytes)
@@ -197,7 +216,10 @@ def processor() -> str:
 
 
 def child(way: str, arguments: Sequence[str]) -> None:
-    """Run one way, and note how long its work took and what the GPU held."""
+    """Run one way, and note how long its work took and what the GPU held.
+
+    Of several processes only the first takes notes: it ends last, since it waits for the others.
+    """
     jobs: dict[str, Callable[[], object]] = {
         "copy": lambda: copy(*map(Path, arguments), hashed=False),
         "copy-hash": lambda: copy(*map(Path, arguments), hashed=True),
@@ -211,6 +233,8 @@ def child(way: str, arguments: Sequence[str]) -> None:
         prepare(arguments)
     started = time.perf_counter()
     jobs[way]()
+    if int(os.environ.get("RANK", 0)):
+        return
     notes = {"work": time.perf_counter() - started}
     if "torch" in sys.modules:
         import torch
@@ -299,7 +323,7 @@ def layers(model: Path, device: str, tps: Sequence[int]) -> None:
         for part in ("qweight", "qzeros", "scales")
     } | {f"{layer.name}.g_idx": torch.from_numpy(layer.g_idx) for layer in block}
     prefix = block[0].name.removesuffix(block[0].linear.name)
-    nbytes = sum(map(checkpoint.source_bytes, block))
+    nbytes = sum(layer.nbytes for layer in block)
     lines = ["| a block in memory | ms | GB/s | times TGIS's speed |", "|---|--:|--:|--:|"]
     for tp in tps:
         (plan,) = make_plans(checkpoint, [tp])
@@ -475,9 +499,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--ways", default="", help="only those that this regular expression finds")
     parser.add_argument("--work", type=Path, required=True, help="where everything is written")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--processes", type=int, default=1, help="of the way by torchrun")
     parser.add_argument("--plot", type=Path, help="draw the speeds; needs matplotlib")
     parser.add_argument("--title", default="", help="of the plot")
-    return parser.parse_args()
+    args = parser.parse_args()
+    args.tp = args.tp or [2]
+    return args
 
 
 def main() -> None:
@@ -486,7 +513,6 @@ def main() -> None:
         return
     args = parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    tps = args.tp or [2]
     with tempfile.TemporaryDirectory(prefix="bench-convert-", dir=args.work) as directory:
         work = Path(directory)
         model = args.model
@@ -500,9 +526,11 @@ def main() -> None:
         size = sum(path.stat().st_size for path in model.rglob("*") if path.is_file())
         lines = list(facts(model, size, args.runs, args.device))
         torch_bytes = baseline(work / "notes.json")
-        results = measure_all(model, tps, args.device, args.runs, work, args.ways)
+        results: dict[str, list[Run]] = {}
+        with contextlib.suppress(KeyboardInterrupt):
+            measure_all(model, args, work, results)
         print("\n".join([*lines, "", *table(results, size, torch_bytes), ""]), flush=True)
-        degrees = [str(tp) for tp in tps]
+        degrees = [str(tp) for tp in args.tp]
         measure(
             [sys.executable, __file__, "--child", "layers", str(model), args.device, *degrees],
             work / "notes.json",

@@ -51,6 +51,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -601,6 +602,9 @@ class Bench:
         for result in results:
             decode = partial(steps.decode, batch=result.batch, position=steps.position())
             seconds, rest, with_collectives, calls = self._step(steps, decode)
+            if self.args.profile and self.setting.device.type == "cuda":
+                said = collectives_run(partial(decode, blocks))
+                print(f"{way.name}, batch {result.batch}, {blocks} blocks: {said}", file=sys.stderr)
             cache_bytes = pair * result.batch // max(self.args.batch)
             memory = other_bytes + self.total * (block_bytes + cache_bytes)
             measured.append(
@@ -696,6 +700,17 @@ def timed(job: Callable[[], object], device: torch.device, steps: int) -> float:
         torch.cuda.synchronize()
         found.append(float(begin.elapsed_time(end)) * 1e-3)
     return statistics.median(found)
+
+
+def collectives_run(job: Callable[[], object]) -> dict[str, int]:
+    """The communication kernels that a profiler sees in a graph's replay, by kind."""
+    graph = captured(job)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        graph.replay()
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events() if "nccl" in event.name.lower()]
+    kinds = [re.sub(r"^ncclDevKernel_|_.*|\(.*", "", name) for name in names]
+    return dict(Counter(kinds))
 
 
 def clocked(job: Callable[[], object]) -> float:
@@ -843,6 +858,7 @@ def parse_args() -> tuple[argparse.Namespace, Shape, int, int]:
     parser.add_argument("--steps", type=int, default=20, help="measured runs of each step")
     parser.add_argument("--rows", default="", help="only those that this regular expression finds")
     parser.add_argument("--check", action="store_true", help="compare the rows' logits")
+    parser.add_argument("--profile", action="store_true", help="count NCCL's kernels in a step")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--vllm-library", type=Path, help="_C_stable_libtorch.abi3.so")
     parser.add_argument("--matmul248", type=Path, help="a Python file that has matmul248")

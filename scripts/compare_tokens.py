@@ -14,6 +14,7 @@ Exits with 1 if a token differs; how much less likely the source thinks it is sh
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -48,13 +49,16 @@ def source_model(directory: Path) -> nn.Module:
     config = AutoConfig.from_pretrained(directory)
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config).float().eval()
-    tensor, quant = checkpoint.source.tensor, checkpoint.quant
+    tensor = checkpoint.source.tensor
     state = {name: tensor(name).float() for name in checkpoint.shared}
     for layer in checkpoint.layers:
-        parts = [tensor(f"{layer.name}.{part}") for part in ("qweight", "qzeros", "scales")]
-        g_idx = torch.from_numpy(layer.g_idx).long()
-        weight = dequantise(*parts, g_idx, quant, torch.float32)
-        state[f"{layer.name}.weight"] = weight.T
+        if layer.quant is None:
+            weight = tensor(f"{layer.name}.weight").float()
+        else:
+            parts = [tensor(f"{layer.name}.{part}") for part in ("qweight", "qzeros", "scales")]
+            g_idx = torch.from_numpy(layer.g_idx).long()
+            weight = dequantise(*parts, g_idx, layer.quant, torch.float32).T
+        state[f"{layer.name}.weight"] = weight
         if layer.bias:
             state[f"{layer.name}.bias"] = tensor(f"{layer.name}.bias").float()
     missing = set(model.load_state_dict(state, strict=False).missing_keys)
@@ -105,6 +109,10 @@ def work(out: Path, job: dict[str, Any], answer: Path) -> None:
     device = job.get("device", "cpu")
     dtype = torch.float16 if device == "cuda" else torch.float32
     model = tpgptq_runtime.load_model(out, dtype=dtype, device=device)
+    if device == "cpu":  # no kernel there: dequantise once, not for every token
+        for module in model.modules():
+            if isinstance(module, tpgptq_runtime.QuantLinear):
+                module.dequantise = functools.cache(module.dequantise)
     calls: list[int] = []
     all_reduce = dist.all_reduce
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hub_server import WRITER, Hub
 
 from tpgptq_convert.cli import cli
 
@@ -27,34 +28,41 @@ COMMANDS = [
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, str]]:
+def ran(tmp_path_factory: pytest.TempPathFactory, tiny: Path) -> tuple[Path, dict[str, str]]:
     """The directory in which all commands were run in their order, and what each printed."""
     directory = tmp_path_factory.mktemp("readme")
     (directory / "tests").symlink_to(ROOT / "tests")
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     printed = {}
-    for command in COMMANDS:
-        done = subprocess.run(
-            ["bash", "-c", command],
-            cwd=directory,
-            env=os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, (command, done.stderr)
-        printed[command] = done.stdout
+    with Hub() as hub:
+        hub.add_directory(f"you/{tiny.name}", tiny)
+        home = hub.environment(tmp_path_factory.mktemp("home"), WRITER)
+        for command in COMMANDS:
+            done = subprocess.run(
+                ["bash", "-c", command],
+                cwd=directory,
+                env=os.environ | home | {"PATH": path, "OMP_NUM_THREADS": "1"},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert done.returncode == 0, (command, done.stderr)
+            printed[command] = done.stdout
+        branches = {name: set(r.branches) for name, r in hub.repositories.items()}
+    assert branches["you/tiny-llama-tp2"] == {"main"}
+    assert branches["you/tiny-llama-tp"] == {"main", "tp-2", "tp-4"}
     return directory, printed
 
 
 def test_every_command_runs(ran: tuple[Path, dict[str, str]]) -> None:
-    assert {command.split()[0] for command in ran[1]} == {"tpgptq", "torchrun"}
-    assert len(ran[1]) == 8
+    assert {command.split()[0] for command in ran[1]} == {"tpgptq", "torchrun", "eval"}
+    assert len(ran[1]) == 12
 
 
 def test_the_table_shown_is_the_table_printed(ran: tuple[Path, dict[str, str]]) -> None:
     (shown,) = re.findall(r"^<!-- output .*?```text\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    (printed,) = [text for command, text in ran[1].items() if "inspect" in command]
+    printed, of_hub = [text for command, text in ran[1].items() if "inspect" in command]
+    assert of_hub == f"you/{printed}"
     assert shown == printed
 
 
@@ -104,6 +112,23 @@ def test_every_command_and_option_is_documented() -> None:
             if parameter.param_type_name == "option":
                 for option in (*parameter.opts, *parameter.secondary_opts):
                     assert option in README, (name, option)
+
+
+def test_shells_complete() -> None:
+    """Each line for a shell's startup file is one that click answers."""
+    for line in re.findall(r"^.*_TPGPTQ_COMPLETE=.*$", README, re.MULTILINE):
+        (shell,) = re.findall(r"=(\w+)_source tpgptq", line)
+        # Of the word to complete fish gives the text, the others the place.
+        typed = {"COMP_WORDS": "tpgptq insp", "COMP_CWORD": "insp" if shell == "fish" else "1"}
+        for how, answer in (("source", "_tpgptq_completion"), ("complete", "inspect")):
+            done = subprocess.run(
+                [str(Path(sys.executable).parent / "tpgptq")],
+                env=os.environ | typed | {"_TPGPTQ_COMPLETE": f"{shell}_{how}"},
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert answer in done.stdout, (shell, done.stderr)
 
 
 def test_every_script_is_named() -> None:
