@@ -104,13 +104,14 @@ def test_biases_that_are_not_finite(tpgptq: Run, tmp_path: Path, value: float) -
     assert f"{fuzz.Q0}.bias: holds NaN or infinity" in result.stderr
 
 
-def test_norms_that_are_not_finite_are_copied(tpgptq: Run, tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_norms_that_are_not_finite_are_copied(tpgptq: Run, tmp_path: Path, value: float) -> None:
     """They are nothing that a conversion touches, and the proof must not stumble over them."""
 
     def spoil(tensors: dict[str, Any]) -> None:
         for name in tensors:
             if name.endswith("norm.weight"):
-                tensors[name].fill_(float("nan"))
+                tensors[name][::2] = value
 
     model = make_checkpoint(tmp_path / "m", model_type="qwen3")
     edit_tensors(model / "model.safetensors", spoil)

@@ -912,7 +912,7 @@ class _Block:
         weight = self.checkpoint.source.tensor(full)
         if len(weight) != heads.shape[-1]:
             return heads
-        weight = weight.to(heads).nan_to_num()  # it is copied as it is
+        weight = weight.to(heads).nan_to_num(posinf=1.0, neginf=-1.0)  # it is copied as it is
         return functional.rms_norm(heads, (heads.shape[-1],), weight)
 
 
