@@ -109,6 +109,7 @@ class Hub:
         self.requests: list[str] = []  # method and path
         self.uploaded: list[str] = []  # SHA-256 of the large files that were sent
         self.uploads_left: int | None = None  # it answers no more than so many
+        self.complaint = ""  # about the metadata of cards
         self.lock = Lock()
 
     def __enter__(self) -> Hub:
@@ -328,7 +329,8 @@ class _Handler(BaseHTTPRequestHandler):
         self._json({"success": True})
 
     def validate(self) -> None:
-        self._json({"errors": [], "warnings": []})
+        errors = [{"message": self.hub.complaint}] if self.hub.complaint else []
+        self._json({"errors": errors, "warnings": []}, 400 if errors else 200)
 
     def whoami(self) -> None:
         if self._token not in (READER, WRITER):

@@ -142,6 +142,7 @@ def test_several_files_and_none_that_are_not_wanted(at: Run, hub: Hub, tmp_path:
         ("org/tiny", [], {"HF_ENDPOINT": "http://127.0.0.1:9"}, "http://127.0.0.1:9 can't be reac"),
         ("or--g/tiny", [], {}, "or--g/tiny"),
         ("tests", ["--revision", "v2"], {}, "tests: not a repository on the Hub"),
+        ("org/upwards", [], {}, "org/upwards: is refused (Invalid filename '../x."),
         ("org/bomb", [], {}, "model.safetensors: not a whole safetensors file"),
         ("org/pickle", [], {}, "a pickle, which can run code when loaded"),
         ("org/out", [], {}, "has a tpgptq.json, so it is converted already"),
@@ -157,6 +158,7 @@ def test_what_cannot_be_had(
 ) -> None:
     hub.add("org/private", {"config.json": b"{}"}, private=True)
     hub.add("org/gated", {"config.json": b"{}"}, gated=True)
+    hub.add("org/upwards", {"config.json": b"{}", "../x.safetensors.index.json": b"{}"})
     bomb = (1 << 40).to_bytes(8, "little") + b"{" * 1000
     hub.add("org/bomb", {"config.json": b"{}", "model.safetensors": bomb})
     hub.add("org/pickle", {"config.json": b"{}", "pytorch_model.bin": b"?"})
@@ -269,6 +271,7 @@ def test_what_is_not_pushed(at: Run, hub: Hub, out: Path, tiny: Path, tmp_path: 
     refused("holds gptq_model-4bit-64g.safetensors, which is no part of", two, "org/tiny")
     refused("holds gptq_model-4bit-64g.safetensors, which is no part of", out, "org/tiny")
     refused("exists, and is public; must be private", "--private", two, "org/public")
+    refused("name: names no owner; must be like org/name", two, "name")
     refused("can't be pushed to without a token", two, "org/out", token="")
     refused("the Hub refuses (401", two, "org/out", token=READER)
     refused("the Hub refuses (403", two, "org/public", token=READER)
@@ -279,6 +282,11 @@ def test_what_is_not_pushed(at: Run, hub: Hub, out: Path, tiny: Path, tmp_path: 
     assert at("verify", tiny, tmp_path / "unchecked").returncode == 0
     assert at("push", tmp_path / "unchecked", "org/out").returncode == 0
     before["org/out"] = dict(hub.repositories["org/out"].branches)
+    hub.complaint = '"license" must be one of these'
+    refused(
+        'org/out: is refused (Invalid metadata in README.md. - "license" must be', two, "org/out"
+    )
+    hub.complaint = ""
     with (two / "config.json").open("a") as file:
         file.write(" ")
     refused("config.json: is not what it was when it was verified", two, "org/out", code=3)

@@ -93,7 +93,7 @@ class Repository:
             yield path
             return
         size = self._sizes[name]
-        with self.open(name) as file, tempfile.NamedTemporaryFile(suffix=name) as head:
+        with self.open(name) as file, tempfile.NamedTemporaryFile() as head:
             start = file.read(HEAD) or b""
             header = 8 + int.from_bytes(start[:8], "little")
             if len(start) < header <= min(size, LONGEST_HEADER):
@@ -206,6 +206,10 @@ def explained(name: str, revision: str | None = None) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
             raise  # it is of this machine, such as its disk
         raise _unreachable(name, error) from None
+    except ValueError as error:  # of the library's own checks: a path upwards, a card's metadata
+        raise HubError(
+            f"{name}: is refused ({line(error)})", hint="correct what it names, and run again"
+        ) from None
 
 
 def _unreachable(name: str, error: BaseException) -> HubError:

@@ -72,6 +72,11 @@ def push(
 
 def check_target(repository: str, branches: list[str]) -> None:
     """Raise HubError or OutputError where a push can't succeed, before anything is changed."""
+    if "/" not in repository:  # the library would make it, under the token's owner, and not find it
+        raise HubError(
+            f"{repository}: names no owner; must be like org/name",
+            hint=f"to push to your own, name yourself: NAME/{repository}",
+        )
     if not get_token():
         raise HubError(
             f"{repository}: can't be pushed to without a token; must be open to yours", hint=LOG_IN
@@ -175,9 +180,4 @@ def _uploading(out: Path, repository: str) -> Iterator[None]:
         raise HubError(
             f"{repository}: the upload was cut short ({line(error.__cause__ or error)})",
             hint=f"tpgptq push {out} {repository} goes on; what is there is not sent again",
-        ) from None
-    except ValueError as error:
-        raise HubError(
-            f"{repository}: the Hub refuses ({line(error)})",
-            hint=f"correct what it names, such as the metadata of {out}/{CARD}",
         ) from None
