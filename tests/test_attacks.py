@@ -102,9 +102,9 @@ def test_a_foreign_directory_where_a_failed_output_would_go(tpgptq: Run, tmp_pat
     (tmp_path / "out.failed").write_text("mine")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "verify", lambda *_: ["everything is wrong"])
-        refused(
-            tpgptq("convert", "--tp", 2, model, tmp_path / "out"), "everything is wrong", code=3
-        )
+        result = tpgptq("convert", "--tp", 2, model, tmp_path / "out")
+    refused(result, "everything is wrong", code=3)
+    assert f"the output could not be kept in {tmp_path / 'out.failed'}" in result.stderr
     assert (tmp_path / "out.failed").read_text() == "mine"
 
 

@@ -729,7 +729,7 @@ def test_a_failed_verification_keeps_the_output_aside(
     monkeypatch.setattr(module, "repack", clumsy)
     result = tpgptq("convert", "--tp", 2, tiny, tmp_path / "out")
     assert result.exit_code == 3
-    assert "out.failed" in result.stderr
+    assert f"; the output is kept in {tmp_path / 'out.failed'}\n" in result.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["out.failed"]
 
 

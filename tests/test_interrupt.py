@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
 import json
 import os
@@ -11,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
@@ -18,6 +20,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import interrupt
+import numpy as np
 import pytest
 import torch
 from click.testing import Result
@@ -26,6 +29,8 @@ from test_processes import TPGPTQ, torchrun, tree
 
 from tpgptq_convert import convert, writer
 from tpgptq_convert.errors import DeviceError
+from tpgptq_convert.source import TensorSpec
+from tpgptq_convert.threads import threads
 
 Run = Callable[..., Result]
 OPTIONS = ["--tp", "2", "--max-shard-size", "40KB"]
@@ -266,6 +271,66 @@ def test_what_was_to_be_replaced_is_put_back(
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+def test_a_part_of_what_was_replaced_is_not_put_back(
+    tpgptq: Run, model: Path, whole: dict[str, bytes], tmp_path: Path
+) -> None:
+    """Killed while it removes the old output, when the new one is in its place already."""
+    out = tmp_path / "out"
+    assert tpgptq("convert", "--tp", 4, model, out).exit_code == 0
+    program = (
+        "import os, shutil, signal\n"
+        "from tpgptq_convert import cli\n"
+        "rmtree = shutil.rmtree\n"
+        "def die(path, **options):\n"
+        f"    if path.name == '.out.tpgptq': {DIE}\n"
+        "    rmtree(path, **options)\n"
+        "shutil.rmtree = die\n"
+        "cli.main()\n"
+    )
+    killed = run(program, "convert", *OPTIONS, "--overwrite", model, out)
+    assert killed.returncode == -signal.SIGKILL
+    assert tree(out) == whole
+    out.rename(tmp_path / "published")
+    assert tpgptq("convert", *OPTIONS, model, out).exit_code == 0
+    assert tree(out) == whole
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "published"]
+
+
+def test_all_of_it_is_on_the_disk_before_it_is_in_its_place(
+    tpgptq: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the power may fail at any moment."""
+    out, work, synced, real = tmp_path / "out", tmp_path / ".out.tpgptq", set[Path](), os.fsync
+
+    def fsync(file: int) -> None:
+        if not out.exists():
+            synced.add(Path(f"/proc/self/fd/{file}").readlink())
+        real(file)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert tpgptq("convert", *OPTIONS, model, out).exit_code == 0
+    assert synced == {work / "output", *(work / "output" / name for name in tree(out))}
+
+
+def test_many_tensors_are_resumed_in_a_moment(tmp_path: Path) -> None:
+    """A rank of a model with experts has some hundred thousand."""
+    specs = {f"t{i}": TensorSpec("U8", (1,)) for i in range(50_000)}
+    path = tmp_path / "m.safetensors"
+    with threads(2) as pool:
+        first, again = (writer.Part(path, specs, pool, lambda *_: None) for _ in range(2))
+        first.write({name: np.zeros(1, np.uint8) for name in specs}).result()
+    data = path.read_bytes()
+    begin, written = len(data) - len(specs), dict[int, str]()
+    digest = hashlib.sha256(data[:begin])
+    for end in range(begin + 1, len(data) + 1):
+        digest.update(data[end - 1 : end])
+        written[end] = digest.hexdigest()
+    started = time.process_time()
+    again.reuse(written)
+    assert time.process_time() - started < 5
+    assert again.kept == specs.keys()
+
+
 @pytest.mark.parametrize("kind", ["file", "symlink", "precious", "link inside"])
 def test_a_place_of_somebody_elses(tpgptq: Run, model: Path, tmp_path: Path, kind: str) -> None:
     work, elsewhere = tmp_path / ".out.tpgptq", tmp_path / "elsewhere"
@@ -327,15 +392,19 @@ class Failing(io.RawIOBase):
         return 0
 
 
+@pytest.mark.parametrize(("name", "read"), [("model.safetensors", 60), ("tokenizer.json", 0)])
 def test_a_disk_that_cannot_be_read(
-    tpgptq: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tpgptq: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, read: int
 ) -> None:
+    """Which fails when a file was opened so many times."""
     real, calls = Path.open, []
+    model = make_checkpoint(tmp_path / "m", blocks=4)
+    (model / "tokenizer.json").write_text("{}")
 
     def fail(path: Path, *arguments: Any, **options: Any) -> Any:
-        if path == model / "model.safetensors" and options.get("buffering") == 0:
+        if path == model / name and options.get("buffering") == 0:
             calls.append(1)
-            if len(calls) > 60:  # in the middle of the conversion
+            if len(calls) > read:
                 return Failing()
         return real(path, *arguments, **options)
 
@@ -343,11 +412,28 @@ def test_a_disk_that_cannot_be_read(
     result = tpgptq("convert", *OPTIONS, model, tmp_path / "out")
     assert result.exit_code == 1
     assert result.stderr.splitlines() == [
-        f"Error: {model}/model.safetensors: can't be read (Input/output error); must be a file "
-        "that can",
+        f"Error: {model}/{name}: can't be read (Input/output error); must be a file that can",
         "Hint: check the disk that it is on, or the connection to it, and run again",
     ]
-    assert list(tmp_path.iterdir()) == []
+    assert list(tmp_path.iterdir()) == [model]
+
+
+def test_a_proof_that_cannot_be_recorded(
+    tpgptq: Run, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert tpgptq("convert", "--no-verify", *OPTIONS, model, out).exit_code == 0
+    before = tree(out)
+
+    def full(path: Path, _: object) -> None:
+        path.write_text("{")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer, "write_json", full)
+    result = tpgptq("verify", model, out)
+    assert result.exit_code == 0
+    assert f"Note: {out} can't be changed (No space left on device), to say" in result.stderr
+    assert tree(out) == before
 
 
 @pytest.mark.parametrize(

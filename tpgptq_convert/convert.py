@@ -41,8 +41,8 @@ from tpgptq_convert.plan import ROW_GROUPS, Plan, Shard, check_layout, check_zer
 from tpgptq_convert.processes import Processes
 from tpgptq_convert.progress import Advance, Progress, silent
 from tpgptq_convert.repack import Array, open_device, read_layer, repack
-from tpgptq_convert.source import DTYPES, TensorSpec
-from tpgptq_convert.staging import Stage, check_free, failed_path, journal_of, staging
+from tpgptq_convert.source import DTYPES, TensorSpec, octets
+from tpgptq_convert.staging import Stage, check_free, journal_of, staging
 from tpgptq_convert.threads import cores, threads
 from tpgptq_convert.writer import (
     Note,
@@ -153,10 +153,7 @@ def convert(
                 )
             ]
             if mismatches:
-                raise VerificationError(
-                    *mismatches,
-                    hint=f"a bug, or a bad disk; the output is kept in {failed_path(out)}",
-                )
+                raise VerificationError(*mismatches, hint="a bug, or a bad disk")
             manifests = processes.of_first(
                 lambda: [record_verified(output.directory) for output in run.outputs]
             )
@@ -499,7 +496,8 @@ class _Output:
         (self.directory / INDEX).write_bytes(save(self._index, metadata={"format": "np"}))
         for path in source.carried_files():
             (self.directory / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source.directory / path, self.directory / path)
+            with (self.directory / path).open("wb") as copy:
+                copy.writelines(octets(source.directory / path))
         if self.options.layout != "gptq":
             shutil.copyfile(Path(__file__).with_name(RUNTIME), self.directory / RUNTIME)
         weights = self._weights(files)

@@ -176,6 +176,13 @@ def reading(path: Path) -> Iterator[None]:
         ) from error
 
 
+def octets(path: Path) -> Iterator[bytes]:
+    """The bytes of a file, a few at a time."""
+    with reading(path), path.open("rb", buffering=0) as file:
+        while data := file.read(CHUNK):
+            yield data
+
+
 def as_tensor(array: NDArray[Any], dtype: str) -> torch.Tensor:
     """An array of this safetensors dtype as a torch tensor that shares its memory."""
     import torch

@@ -117,13 +117,13 @@ def staging(
                 stage = _prepared(journal, conversion, resume)
                 kept = resume
                 yield stage
+                _flush(stage.directory)
                 _move(work, out, overwrite)
                 kept = False
-            except VerificationError:
+            except VerificationError as error:
                 kept = False
-                with suppress(OutputError):  # something of somebody else's stands there
-                    _set_aside(stage.directory, failed_path(out))
-                raise
+                told = _set_aside(stage.directory, failed_path(out))
+                raise VerificationError(*error.problems, hint=f"{error.hint}; {told}") from None
             finally:
                 _put_back(work, out)
                 if not kept:
@@ -287,12 +287,24 @@ def _cannot_write(out: Path, error: OSError, kept: bool) -> OutputError:
     )
 
 
+def _flush(directory: Path) -> None:
+    """Have all of it on the disk, before a rename that says so: the power may fail after that."""
+    for path in (*directory.rglob("*"), directory):
+        file = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(file)
+        finally:
+            os.close(file)
+
+
 def _move(work: Path, out: Path, overwrite: bool) -> None:
     """Rename what is whole to `out`; what stood there goes only once it is in place."""
     if out.exists() or out.is_symlink():  # also where it came into being meanwhile
         _check_replaceable(out, overwrite)
         out.rename(work / OLD)
     (work / OUTPUT).rename(out)
+    if (work / OLD).exists():
+        (work / OLD).rename(work / OUTPUT)  # a part of it must not be put back, if this is killed
 
 
 def _put_back(work: Path, out: Path) -> bool:
@@ -303,9 +315,13 @@ def _put_back(work: Path, out: Path) -> bool:
     return True
 
 
-def _set_aside(directory: Path, failed: Path) -> None:
-    """Rename an output that failed its verification."""
-    if failed.exists() or failed.is_symlink():
-        _check_replaceable(failed, overwrite=True)
-        shutil.rmtree(failed)
-    directory.rename(failed)
+def _set_aside(directory: Path, failed: Path) -> str:
+    """Rename an output that failed its verification, if it can be; says what became of it."""
+    try:
+        if failed.exists() or failed.is_symlink():
+            _check_replaceable(failed, overwrite=True)
+            shutil.rmtree(failed)
+        directory.rename(failed)
+    except (OutputError, OSError):  # something of somebody else's stands there
+        return f"the output could not be kept in {failed}"
+    return f"the output is kept in {failed}"

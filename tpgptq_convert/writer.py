@@ -138,7 +138,7 @@ class Part:
 
         written: SHA-256 of the file's first bytes, by how many they are.
         """
-        running, size, last = hashlib.sha256(), 0, max(written, default=0)
+        running, size, last, kept = hashlib.sha256(), 0, max(written, default=0), 0
         try:
             with self.path.open("r+b") as file:
                 for count, end in enumerate(self._ends, start=1):
@@ -146,13 +146,13 @@ class Part:
                         break
                     size = end
                     if written.get(end) == running.hexdigest():
-                        self.kept = frozenset(list(self.specs)[:count])
-                        self._end, self._hash = end, running.copy()
+                        kept, self._end, self._hash = count, end, running.copy()
                 file.truncate(self._end)
         except FileNotFoundError:
             return
-        del self._due[len(self._due) - len(self.kept) :]
-        if not self.kept:
+        self.kept = frozenset(list(self.specs)[:kept])
+        del self._due[len(self._due) - kept :]
+        if not kept:
             self.path.unlink()
 
     def write(self, tensors: Mapping[str, NDArray[Any]]) -> Writing:
@@ -265,6 +265,9 @@ def record_verified(out: Path) -> dict[str, Any]:
     """State in OUT's manifest that OUT was proven against its source; returns the manifest."""
     manifest = read_manifest(out) | {"verified": True}
     new = out / f".{MANIFEST}"
-    write_json(new, manifest)
-    new.replace(out / MANIFEST)
+    try:
+        write_json(new, manifest)
+        new.replace(out / MANIFEST)
+    finally:
+        new.unlink(missing_ok=True)  # it was not to be: the disk is full
     return manifest
