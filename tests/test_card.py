@@ -130,6 +130,30 @@ def test_a_card_of_the_hub(tpgptq: Run, model: Path) -> None:
     assert "\nvllm serve you/out --revision tp-2 --tensor-parallel-size 2\n" in main.text
 
 
+def test_a_card_of_several_degrees_says_which_of_them_vllm_serves(
+    tpgptq: Run, tmp_path: Path
+) -> None:
+    model, out = make_checkpoint(tmp_path / "model", config={"vocab_size": 96}), tmp_path / "out"
+
+    def main(*options: object) -> str:
+        command = ("convert", "--no-verify", "--overwrite", *options, model, out)
+        assert tpgptq(*command).exit_code == 0
+        directories = {path.name: path for path in sorted(out.iterdir())}
+        manifests = {
+            name: json.loads((path / "tpgptq.json").read_text())
+            for name, path in directories.items()
+        }
+        return ModelCard(degrees_card(manifests, directories, "you/out")).text
+
+    text = main("--tp", 1, "--tp", 2, "--tp", 3)
+    assert text.count("vllm serve") == text.count("doesn't serve") == 1
+    assert "vllm serve you/out --revision tp-1 --tensor-parallel-size 1" in text
+    assert "doesn't serve `tp-3`: vLLM can't share out the vocabulary (96, " in text
+    text = main("--layout", "gptq", "--tp", 1, "--tp", 2)
+    assert "vllm serve" not in text
+    assert "They are for engines that read `g_idx`" in text
+
+
 def test_it_recommends_vllm_only_where_the_plugin_serves(tpgptq: Run, tmp_path: Path) -> None:
     shape = {"heads": 6, "kv_heads": 3, "head_dim": 32, "hidden": 64}
     for name, tp, options, reason in (

@@ -80,13 +80,17 @@ dist.destroy_process_group()
 """
 
 SERVED = """\
-In an environment that has `tpgptq-convert` too, which brings the plugin; at divisors of {tp} too:
+In an environment that has `tpgptq-convert` as well, which brings the plugin{here}:
 
 ```
 vllm serve {where} --tensor-parallel-size {tp}
-```"""
+```
 
-NOT_SERVED = "vLLM, with the plugin that `tpgptq-convert` brings, doesn't serve it: {problems}."
+Degrees that divide {tp} work too."""
+
+HERE = " (`.` is this directory; or the repository's name, if it is on the Hub, and `--revision`)"
+NOT_SERVED = "vLLM, with the plugin that `tpgptq-convert` brings, doesn't serve {what}: {problems}."
+FOLDED = "They are for engines that read `g_idx`; vLLM 0.30 and later refuse them."
 
 DEGREES = """
 # {title}, {bits}-bit GPTQ for tensor parallelism
@@ -142,8 +146,8 @@ def model_card(
             for name, info in files.items()
         ),
     )
-    revision = f" --revision {branch}" if branch else ""
-    fetch = f" (first `hf download {repository}{revision} --local-dir .`)" if repository else ""
+    where = f"{repository} --revision {branch}" if repository and branch else repository
+    fetch = f" (first `hf download {where} --local-dir .`)" if where else ""
     text = (FOLDED_CARD if manifest["layout"] == "gptq" else CARD).format(
         title=_title(manifest),
         name=manifest["source"]["name"],
@@ -153,7 +157,7 @@ def model_card(
         tool=manifest["tool"],
         command=command,
         files=table,
-        vllm=_vllm(manifest, config, f"{repository}{revision}" if repository else "."),
+        vllm=_vllm([("it", where, manifest, config)]),
         fetch=fetch,
     )
     return _with_data(card_data(source), manifest, text)
@@ -168,6 +172,15 @@ def degrees_card(
     """
     branch, *_ = manifests
     first = manifests[branch]
+    vllm = _vllm(
+        (
+            f"`{name}`",
+            f"{repository} --revision {name}",
+            manifest,
+            read_json(directories[name] / "config.json"),
+        )
+        for name, manifest in manifests.items()
+    )
     text = DEGREES.format(
         title=_title(first),
         source=_source(first),
@@ -184,11 +197,7 @@ def degrees_card(
                 for name, manifest in manifests.items()
             ),
         ),
-        vllm=_vllm(
-            manifests[branch],
-            read_json(directories[branch] / "config.json"),
-            f"{repository} --revision {branch}",
-        ),
+        vllm=FOLDED if first["layout"] == "gptq" else vllm,
     )
     return _with_data(card_data(directories[branch]), first, text)
 
@@ -227,11 +236,24 @@ def _with_data(data: dict[str, Any], manifest: Mapping[str, Any], text: str) -> 
     return f"---\n{head}\n---\n{text}"
 
 
-def _vllm(manifest: Mapping[str, Any], config: Mapping[str, Any], where: str) -> str:
-    """How vLLM serves it, or why it doesn't."""
-    if problems := [*refusals(manifest), *limits(config, manifest["tp"])]:
-        return NOT_SERVED.format(problems="; ".join(problems))
-    return SERVED.format(where=where, tp=manifest["tp"])
+def _vllm(outputs: Iterable[tuple[str, str | None, Mapping[str, Any], Mapping[str, Any]]]) -> str:
+    """How vLLM serves the first output that it can serve, and why it can't serve which.
+
+    An output: what to call it, its place on the Hub if it has one, its manifest, its config.json.
+    """
+    served, refused = list[str](), dict[str, list[str]]()
+    for name, where, manifest, config in outputs:
+        tp = manifest["tp"]
+        if problems := "; ".join([*refusals(manifest), *limits(config, tp)]):
+            refused.setdefault(problems, []).append(name)
+        elif not served:
+            here = "" if where else HERE
+            served = [SERVED.format(where=where or ".", tp=tp, here=here)]
+    told = (
+        NOT_SERVED.format(what=", ".join(names), problems=problems)
+        for problems, names in refused.items()
+    )
+    return "\n\n".join([*served, *told])
 
 
 def _title(manifest: Mapping[str, Any]) -> str:
