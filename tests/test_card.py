@@ -91,6 +91,8 @@ def test_no_licence_is_said(tpgptq: Run, model: Path, readme: bytes | None) -> N
     card, result = card_of(tpgptq, model)
     assert "Note: the source states no licence" in result.stderr
     assert card.data.get("license") is None
+    told = tpgptq("convert", "--json", "--tp", 2, model, model.with_name("told"))
+    assert "the source states no licence" in json.loads(told.stdout)["notes"][-1]
     assert "tensor-parallel" in card.data.tags
     assert not Path("stolen").exists()
     (model / "LICENSE.txt").write_text("as it is")

@@ -15,6 +15,7 @@ import pytest
 from factories import make_checkpoint
 from hub_server import READER, WRITER, Hub
 from huggingface_hub import ModelCard
+from test_json import printed
 
 from tpgptq_convert.hub import HEAD
 from tpgptq_convert.source import Source
@@ -233,7 +234,7 @@ def test_several_degrees_are_branches(at: Run, hub: Hub, out: Path, tiny: Path) 
 def test_one_degree_goes_where_it_is_told(at: Run, hub: Hub, out: Path) -> None:
     done = at("push", "--json", "--revision", "two", out / "tp-2", "org/out")
     assert done.returncode == 0, done.stderr
-    (pushed,) = json.loads(done.stdout)["pushed"]
+    (pushed,) = printed(done, "push")["pushed"]
     assert pushed["branch"] == "two"
     assert pushed["commit"] == hub.repositories["org/out"].branches["two"]
     assert hub.repositories["org/out"].files("main").keys() == {".gitattributes"}

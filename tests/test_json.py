@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,12 @@ def closed(schema: Any) -> Any:
 VALIDATOR = jsonschema.Draft202012Validator(closed(SCHEMA))
 
 
-def printed(result: Result, kind: str, code: int = 0) -> dict[str, Any]:
+def printed(
+    result: Result | subprocess.CompletedProcess[str], kind: str, code: int = 0
+) -> dict[str, Any]:
     """The one object on stdout, which must be of this kind and of no other."""
-    assert result.exit_code == code, result.output
+    ended = result.exit_code if isinstance(result, Result) else result.returncode
+    assert ended == code, result.stderr
     value = json.loads(result.stdout)
     VALIDATOR.validate(value)
     only = {"$ref": f"#/$defs/{kind}", "$defs": closed(SCHEMA["$defs"])}
@@ -60,6 +64,7 @@ def test_every_command(tpgptq: Run, tiny: Path, tmp_path: Path, layout: str) -> 
     again = printed(tpgptq(*convert, "--skip-if-current", tiny, out), "conversion")
     assert (again["skipped"], again["verified"]) == (True, True)
     assert again["manifests"] == written["manifests"]
+    assert again["notes"] == written["notes"] != []
 
 
 def test_failures(tpgptq: Run, tmp_path: Path) -> None:

@@ -286,9 +286,9 @@ def convert(
         elif processes.first:
             click.echo(render(report))
         return
+    notes = [*checkpoint.notes, *notes_of({plan.tp: plan.notes for plan in plans})]
     if not quiet:
-        notes = notes_of({plan.tp: plan.notes for plan in plans})
-        for remark in remarks(checkpoint.damage, (*checkpoint.notes, *notes)):
+        for remark in remarks(checkpoint.damage, notes):
             click.echo(remark, err=True)
 
     from tpgptq_convert import convert as conversion
@@ -312,8 +312,10 @@ def convert(
     if manifests is None:
         manifests = conversion.convert(checkpoint, plans, out, options, _progress(quiet), processes)
     seconds = time.monotonic() - started
-    if not (quiet or skipped or has_license(checkpoint.source.directory)):
-        click.echo(f"Note: {NO_LICENSE}", err=True)
+    if not has_license(checkpoint.source.directory):
+        notes.append(NO_LICENSE)
+        if not (quiet or skipped):
+            click.echo(f"Note: {NO_LICENSE}", err=True)
     pushed: list[dict[str, str]] = []
     if repository:
         pushed = processes.of_first(
@@ -327,6 +329,8 @@ def convert(
             verified=all(manifest["verified"] for manifest in manifests),
             seconds=round(seconds, 3),
             pushed=pushed,
+            damage=list(checkpoint.damage),
+            notes=notes,
             manifests=manifests,
         )
     elif skipped and not quiet:
