@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -234,6 +237,83 @@ def test_tuning_keeps_the_fastest_launch(runtime: ModuleType, tmp_path: Path) ->
     torch.testing.assert_close(
         runtime.multiply(x, layer), packed(x, layer, best), rtol=0, atol=0, equal_nan=False
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("block_m", [64, 128, 256])
+@pytest.mark.parametrize(
+    "case",
+    [
+        {"k": 512, "n": 192, "group_size": 128},
+        {"k": 4096, "n": 8192, "group_size": 128, "bias": True},
+        {"k": 4096, "n": 8192, "group_size": 32, "dead": True, "sym": False},
+        {"k": 448, "n": 256, "group_size": 448, "perm": False, "sym": False},
+        {"k": 320, "n": 104, "group_size": 32, "perm": False, "bias": True},
+        {"k": 768, "n": 128, "group_size": 192},
+        {"k": 14336, "n": 1024, "group_size": 64, "perm": False},
+    ],
+    ids=str,
+)
+def test_many_tokens_on_hopper(
+    runtime: ModuleType, case: dict[str, Any], block_m: int, dtype: torch.dtype
+) -> None:
+    tensors = shard(**case)
+    linear, layer = runtime.QuantLinear(tensors), runtime.arrange([tensors])
+    if not runtime._abilities(layer.packed.device).hopper:
+        pytest.skip("not a Hopper GPU with a Triton that is known")
+    for tokens in (1, 33, 100, 256, 300):
+        x = torch.randn(tokens, case["k"], device=DEVICE).to(dtype)
+        out = runtime.multiply_on_hopper(x, layer, block_m)
+        check(out, x, linear)
+        assert torch.equal(out, runtime.multiply_on_hopper(x, layer, block_m))
+        assert not layer.counters.any()
+    wide = torch.randn(40, case["k"] + 9, device=DEVICE).to(dtype)
+    for x in (wide[:, 1:-8], wide[::2, : case["k"]]):  # not where the copy engine can begin
+        check(runtime.multiply_on_hopper(x, layer, block_m), x, linear)
+
+
+COMPILE = """
+import itertools
+from triton.backends.compiler import GPUTarget
+from triton.compiler.compiler import compile
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.language import NVMMASharedLayout
+from tpgptq_convert.tpgptq_runtime import _product_on_hopper as kernel
+
+TILES = [(64, 128, 64, 2, 4), (128, 64, 64, 1, 4), (256, 128, 64, 1, 8), (256, 128, 32, 2, 8)]
+KINDS = [("fp16", True), ("bf16", False)]
+for (m, n, stored, rings, warps), (dtype, sym) in itertools.product(TILES, KINDS):
+    layout = repr(NVMMASharedLayout(2 * stored, 16, 2))
+    types = {
+        "tokens": f"tensordesc<{dtype}[{m}, {stored}],{layout}>",
+        "words": f"tensordesc<i16[64, {stored}],{layout}>",
+        **dict.fromkeys(["scales", "zeros"], "*fp16"),
+        **dict.fromkeys(["bias", "out"], "*" + dtype),
+        **{"partial": "*fp32", "flags": "*i32"},
+        **dict.fromkeys(["M", "N", "columns", "tiles"], "i32"),
+    }
+    known = dict(HAS_BIAS=True, GS=128, SYM=sym, STORED=stored)
+    known |= dict(BLOCK_M=m, BLOCK_N=n, RINGS=rings, WARPS=warps)
+    source = GluonASTSource(
+        kernel,
+        types | dict.fromkeys(known, "constexpr"),
+        {(kernel.arg_names.index(name),): value for name, value in known.items()},
+        {(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in list(types)[2:11]},
+    )
+    done = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+    assert done.asm["ptx"].count("wgmma.mma_async") == 4 * stored // 16 * n // (16 * warps)
+    assert done.metadata.shared <= 227 << 10
+"""
+
+
+def test_the_kernel_for_hopper_compiles() -> None:
+    """Here there may be no GPU, and no interpreter runs it."""
+    plain = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", COMPILE], env=plain, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.gpu

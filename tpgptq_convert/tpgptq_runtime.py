@@ -33,6 +33,21 @@ try:
     import triton.language as tl
 except ImportError:  # the plain torch reference does without
     triton = None
+try:  # what Hopper's own kernel is written in, an experiment of Triton's that changes by version
+    from triton.experimental import gluon
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.language.nvidia.hopper import (
+        mbarrier,
+        tma,
+        warpgroup_mma,
+        warpgroup_mma_wait,
+    )
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+    _sync = getattr(gl, "barrier", None) or gl.thread_barrier
+except (ImportError, AttributeError):
+    gluon = None
 
 __all__ = [
     "Checkpoint",
@@ -572,6 +587,209 @@ if triton is not None:
         tl.store(target + columns, (pair >> 16).to(tl.int16), mask=j < columns * second)
 
 
+if gluon is not None:
+
+    @gluon.constexpr_function
+    def _slice_asm(j, bits16, sym):
+        """Integers j of pairs of words ($1) of 4 bits, less zeros ($3), times scales ($2)."""
+        if bits16 == "fp16":  # as in `_integers`
+            shift = 8 * (j // 2)
+            number, minus = (
+                ("0x000f000f", "0x64086408") if j % 2 == 0 else ("0x00f000f0", "0xd480d480")
+            )
+            exact = "sub.f16x2 v, v, minus;" if j % 2 == 0 else "fma.rn.f16x2 v, v, part, minus;"
+            part, power, kind = "0x2c002c00", "0x64006400", "f16x2"
+        else:
+            shift, number, minus = 4 * j, "0x000f000f", "0xc308c308"
+            exact = "fma.rn.bf16x2 v, v, part, minus;"
+            part, power, kind = "0x3f803f80", "0x43004300", "bf16x2"
+        return f"""{{
+            .reg .b32 v, minus, part;
+            mov.b32 minus, {minus};
+            mov.b32 part, {part};
+            shr.u32 v, $1, {shift};
+            lop3.b32 v, v, {number}, {power}, 0xea;
+            {exact}
+            {"" if sym else f"sub.{kind} v, v, $3;"}
+            mul.{kind} $0, v, $2;
+            }}"""
+
+    @gluon.jit
+    def _fetch_words(
+        words, ws, wbars, block, tiles, t, count, wanted,
+        STORED: gl.constexpr, BLOCK_N: gl.constexpr,
+    ):  # fmt: skip
+        """Start to load tile t of the blocks of 64 columns from `block` on, the count-th tile."""
+        bar = wbars.index(count % 2)
+        mbarrier.expect(bar, BLOCK_N * STORED * 2, pred=wanted)
+        for i in gl.static_range(BLOCK_N // 64):
+            into = ws.index(count % 2).slice(i * 64, 64)
+            _load(words, [((block + i) * tiles + t) * 64, 0], bar, into, pred=wanted)
+
+    @gluon.jit
+    def _fetch_tokens(
+        tokens, xs, xbars, m, t, last, count, i: gl.constexpr, RINGS: gl.constexpr,
+        STORED: gl.constexpr, BLOCK_M: gl.constexpr,
+    ):  # fmt: skip
+        """Start to load slice i, counted from tile t, the count-th, on; none of tile `last`."""
+        wanted = t + i // 4 < last
+        buffer = (count + i // 4) % RINGS * 4 + i % 4
+        bar = xbars.index(buffer)
+        mbarrier.expect(bar, BLOCK_M * STORED * 2, pred=wanted)
+        row = ((t + i // 4) * 4 + i % 4) * STORED
+        _load(tokens, [m, row], bar, xs.index(buffer), pred=wanted)
+
+    @gluon.jit
+    def _group_lines(table, t, N, STORED: gl.constexpr, GS: gl.constexpr):
+        """As `_lines`, where each slice lies in one group."""
+        ODD: gl.constexpr = 4 * STORED % GS != 0 and GS % (4 * STORED) != 0
+        lines = (gl.load(table + t * 4 * STORED // GS * N),)
+        for j in gl.static_range(1, 4):
+            if ODD or j * STORED % GS == 0:
+                lines = lines + (gl.load(table + (t * 4 + j) * STORED // GS * N),)
+            else:
+                lines = lines + (lines[j - 1],)
+        return lines
+
+    @gluon.jit
+    def _product_on_hopper(
+        tokens, words, scales, zeros, bias, out, partial, flags, M, N, columns, tiles,
+        HAS_BIAS: gl.constexpr, GS: gl.constexpr, SYM: gl.constexpr, STORED: gl.constexpr,
+        BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, RINGS: gl.constexpr, WARPS: gl.constexpr,
+    ):  # fmt: skip
+        """out (M, columns) = tokens (M, K) @ W of 4 bits, for many tokens.
+
+        The blocks' tiles, one block's after another's, are shared out evenly among the programs
+        (stream-K), each of which goes through its own from the last to the first: what it has of
+        a block whose end is another's it leaves in `partial` first of all, for that one to add.
+        The copy engine loads, RINGS * 4 slices of tokens ahead; each slice of weights is unpacked
+        into registers while the tensor cores work on the one before.
+        """
+        AHEAD: gl.constexpr = RINGS * 4 - 1
+        dtype: gl.constexpr = tokens.dtype
+        mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
+        operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+        rows: gl.constexpr = gl.BlockedLayout([8, 1], [16, 2], [1, WARPS], [0, 1])
+        staging: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2, transposed=True)
+        xs = gl.allocate_shared_memory(dtype, [RINGS * 4, BLOCK_M, STORED], tokens.layout)
+        ws = gl.allocate_shared_memory(gl.int16, [2, BLOCK_N, STORED], words.layout)
+        staged = gl.allocate_shared_memory(out.dtype.element_ty, [BLOCK_N, BLOCK_M], staging)
+        xbars = gl.allocate_shared_memory(gl.int64, [RINGS * 4, 1], mbarrier.MBarrierLayout())
+        wbars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(RINGS * 4):
+            mbarrier.init(xbars.index(i), count=1)
+        for i in gl.static_range(2):
+            mbarrier.init(wbars.index(i), count=1)
+        operand_n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, operand))
+        mma_n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, mma))
+        mma_m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, mma))
+        out_n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, rows))
+        out_m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, rows))
+        own = mma_n[:, None] * BLOCK_M + mma_m[None, :]  # places in a program's part of `partial`
+
+        blocks_m = gl.cdiv(M, BLOCK_M)
+        programs = gl.num_programs(0)
+        program = gl.program_id(0)
+        units = blocks_m * (N // BLOCK_N) * tiles
+        low = (units.to(gl.int64) * program // programs).to(gl.int32)
+        high = (units.to(gl.int64) * (program + 1) // programs).to(gl.int32)
+        block = (high - 1) // tiles
+        first = gl.maximum(low - block * tiles, 0)
+        last = high - block * tiles
+        m = block % blocks_m * BLOCK_M
+        n = block // blocks_m * BLOCK_N
+        count = 0  # tiles that were worked on
+        _fetch_words(words, ws, wbars, n // 64, tiles, first, count, True, STORED, BLOCK_N)
+        for i in gl.static_range(AHEAD):
+            _fetch_tokens(tokens, xs, xbars, m, first, last, count, i, RINGS, STORED, BLOCK_M)
+        while high > low:
+            scale = _group_lines(scales + n + operand_n, first, N, STORED, GS)
+            zero = scale
+            if not SYM:
+                zero = _group_lines(zeros + n + operand_n, first, N, STORED, GS)
+            total = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, mma)
+            weights = gl.zeros([BLOCK_N, STORED], dtype, operand)
+            for t in range(first, last):
+                following = gl.minimum(t + 1, last - 1)
+                next_scale = _group_lines(scales + n + operand_n, following, N, STORED, GS)
+                next_zero = next_scale
+                if not SYM:
+                    next_zero = _group_lines(zeros + n + operand_n, following, N, STORED, GS)
+                mbarrier.wait(wbars.index(count % 2), count // 2 & 1)
+                packed = ws.index(count % 2).load(operand)
+                for j in gl.static_range(4):
+                    more = gl.inline_asm_elementwise(
+                        _slice_asm(j, "fp16" if dtype == gl.float16 else "bf16", SYM),
+                        "=r,r,r,r",
+                        [packed, scale[j].to(dtype)[:, None], zero[j].to(dtype)[:, None]],
+                        dtype=tokens.dtype,
+                        is_pure=True,
+                        pack=2,
+                    )
+                    mbarrier.wait(xbars.index(count % RINGS * 4 + j), count // RINGS & 1)
+                    x = xs.index(count % RINGS * 4 + j).permute((1, 0))
+                    total = warpgroup_mma(more, x, total, is_async=True)
+                    total, weights = warpgroup_mma_wait(1, deps=(total, weights))
+                    weights = more
+                    _sync()  # no warp needs the slice before, nor the tile before, any more
+                    _fetch_tokens(
+                        tokens, xs, xbars, m, t, last, count, AHEAD + j, RINGS, STORED, BLOCK_M
+                    )
+                    if j == 0:
+                        wanted = t + 1 < last
+                        _fetch_words(
+                            words, ws, wbars, n // 64, tiles, t + 1, count + 1, wanted, STORED,
+                            BLOCK_N,
+                        )  # fmt: skip
+                scale = next_scale
+                zero = next_zero
+                count += 1
+            total, weights = warpgroup_mma_wait(0, deps=(total, weights))
+            _sync()
+            done_block = block
+            done_first = first
+            done_last = last
+            done_m = m
+            done_n = n
+            high = block * tiles + first
+            if high > low:  # load for the next block while this one is stored
+                block = (high - 1) // tiles
+                first = gl.maximum(low - block * tiles, 0)
+                last = high - block * tiles
+                m = block % blocks_m * BLOCK_M
+                n = block // blocks_m * BLOCK_N
+                _fetch_words(words, ws, wbars, n // 64, tiles, first, count, True, STORED, BLOCK_N)
+                for i in gl.static_range(AHEAD):
+                    _fetch_tokens(
+                        tokens, xs, xbars, m, first, last, count, i, RINGS, STORED, BLOCK_M
+                    )
+            if done_last < tiles:
+                gl.store(partial + program * (BLOCK_N * BLOCK_M) + own, total)
+                _sync()
+                gl.atomic_xchg(flags + program, 1, sem="release")
+            else:
+                if done_first > 0:  # from the program that has the block's first tile on
+                    end = (done_block * tiles + 1).to(gl.int64) * programs + units - 1
+                    other = (end // units).to(gl.int32) - 1
+                    while other < program:
+                        ready = 0
+                        while ready == 0:
+                            ready = gl.atomic_cas(flags + other, 1, 0, sem="acquire")
+                        _sync()
+                        left = partial + other * (BLOCK_N * BLOCK_M) + own
+                        total += gl.load(left, cache_modifier=".cg")
+                        other += 1
+                if HAS_BIAS:
+                    total += gl.load(bias + done_n + mma_n).to(gl.float32)[:, None]
+                staged.store(total.to(out.dtype.element_ty))
+                _sync()
+                at = (
+                    out + (done_m + out_m).to(gl.int64)[None, :] * columns + done_n + out_n[:, None]
+                )
+                inside = (done_m + out_m < M)[None, :] & (done_n + out_n < columns)[:, None]
+                gl.store(at, staged.load(rows), mask=inside)
+
+
 class Launch(NamedTuple):
     """How `_product` is launched for some number of tokens; any value gives the same function."""
 
@@ -706,10 +924,13 @@ def arrange(
 
 
 _COUNTERS = 1024  # blocks that may be shared out among programs
+_SOME = 33  # tokens, from which on Hopper's own kernel is the faster
 _MANY = 1024  # tokens, from which on it pays to expand the weights for cuBLAS
+_MANY_ON_HOPPER = 2048
 _SLAB = 1 << 26  # bytes of expanded weights at a time
 _GATHER = 16384  # longest row that the gather's kernel holds at a time
 _TUNED: dict[str, Launch] = {}
+_GLUON = (3, 6), (3, 9)  # versions of Triton whose Gluon the kernel was compiled by
 
 
 def _interpreting() -> bool:
@@ -721,16 +942,27 @@ def kernels_run_on(device: torch.device | str) -> bool:
     return triton is not None and (torch.device(device).type == "cuda" or _interpreting())
 
 
+class _Abilities(NamedTuple):
+    """What a device, with this Triton, can do."""
+
+    processors: int
+    assembly: bool  # NVIDIA's
+    early: bool  # a kernel may start before the one before it has ended
+    hopper: bool  # runs the kernel for many tokens
+
+
 @functools.cache
-def _abilities(device: torch.device) -> tuple[int, bool, bool]:
-    """Multiprocessors; whether NVIDIA's assembly may be used; whether a kernel may start early."""
+def _abilities(device: torch.device) -> _Abilities:
     if _interpreting():
-        return 132, False, False
+        return _Abilities(132, assembly=False, early=False, hopper=False)
     properties = torch.cuda.get_device_properties(device)
     nvidia = torch.version.cuda is not None and properties.major >= 8
     known = triton.compiler.compiler.make_backend(triton.runtime.driver.active.get_current_target())
     early = nvidia and properties.major >= 9 and hasattr(known.parse_options({}), "launch_pdl")
-    return properties.multi_processor_count, nvidia, early
+    version = tuple(map(int, triton.__version__.split(".")[:2]))
+    known_gluon = gluon is not None and _GLUON[0] <= version <= _GLUON[1]
+    hopper = nvidia and properties.major == 9 and known_gluon
+    return _Abilities(properties.multi_processor_count, nvidia, early, hopper)
 
 
 def _key(tokens: int, layer: Arranged) -> str:
@@ -742,7 +974,7 @@ def _key(tokens: int, layer: Arranged) -> str:
 def default_launch(tokens: int, layer: Arranged) -> Launch:
     """A launch that was good for layers of Llama-2-70B on an H100."""
     rows, columns = layer.stored, layer.columns
-    processors = _abilities(layer.packed.device)[0]
+    processors = _abilities(layer.packed.device).processors
     wide = 128 if columns % 128 == 0 else 64
     if tokens == 1:
         few = rows < 64 or columns < 64 * processors
@@ -826,7 +1058,8 @@ def tune(
         measure = functools.partial(triton.testing.do_bench, return_mode="median")
     for layer in layers:
         for count in tokens:
-            if count >= _MANY or _key(count, layer) in _TUNED:
+            many = count >= _MANY or _runs_on_hopper(count, layer)
+            if many or _key(count, layer) in _TUNED:
                 continue
             x = torch.randn(count, layer.rows, dtype=dtype, device=layer.packed.device)
             times = {}
@@ -850,11 +1083,70 @@ def multiply(x: Tensor, layer: Arranged) -> Tensor:
     flat = x.reshape(-1, x.shape[-1])
     if x.dtype not in (torch.float16, torch.bfloat16):
         out = layer.reference(flat)
+    elif _runs_on_hopper(len(flat), layer):
+        out = multiply_on_hopper(flat, layer)
     elif len(flat) < _MANY:
         out = multiply_packed(flat, layer)
     else:
         out = multiply_expanded(flat, layer)
     return out.view(*x.shape[:-1], layer.out_features)
+
+
+def _runs_on_hopper(tokens: int, layer: Arranged) -> bool:
+    fits = layer.bits == 4 and layer.stored >= 32
+    some = _SOME <= tokens < _MANY_ON_HOPPER
+    return fits and some and _abilities(layer.packed.device).hopper
+
+
+# What a block of so many tokens costs on Hopper, for each of its tokens.
+_BLOCK_COSTS = {64: 1.5, 128: 1.15, 256: 1.0}
+
+
+def multiply_on_hopper(x: Tensor, layer: Arranged, block_m: int | None = None) -> Tensor:
+    """x (M, K) -> (M, out_features) by the kernel for many tokens; block_m: 64, 128 or 256."""
+    tokens = len(x)
+    out = x.new_empty(tokens, layer.out_features)
+    processors = _abilities(x.device).processors
+    block_n = 128 if layer.columns % 128 == 0 else 64
+    blocks_n = layer.columns // block_n
+    if block_m is None:
+        block_m = min(_BLOCK_COSTS, key=lambda m: -(-tokens // m) * m * _BLOCK_COSTS[m])
+        if block_m == 256 and -(-tokens // 256) * blocks_n < processors // 2:
+            block_m = 128
+    if layer.perm is not None:
+        x = _gathered(x, layer.perm)
+    elif x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:  # for the copy engine
+        x = x.clone(memory_format=torch.contiguous_format)
+    blocks, stored = -(-tokens // block_m) * blocks_n, layer.stored
+    tiles = layer.rows // (4 * stored)
+    each = 2 if block_m == 64 and blocks > processors else 1
+    programs = min(blocks * tiles, processors * each)
+    warps = 4 if min(block_m, block_n) == 64 else 8
+    layout = gl.NVMMASharedLayout(2 * stored, 16, 2)
+    _product_on_hopper[(programs,)](
+        TensorDescriptor.from_tensor(x, [block_m, stored], layout),
+        TensorDescriptor.from_tensor(layer.packed.view(-1, stored), [64, stored], layout),
+        layer.scales,
+        _or(layer.zeros, x),
+        _or(layer.bias, x),
+        out,
+        x.new_empty(programs * block_m * block_n, dtype=torch.float32),
+        layer.counters,
+        tokens,
+        layer.columns,
+        layer.out_features,
+        tiles,
+        HAS_BIAS=layer.bias is not None,
+        GS=layer.group_size,
+        SYM=layer.zeros is None,
+        STORED=stored,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        RINGS=(2 if block_m == 64 else 1) * 64 // stored,
+        WARPS=warps,
+        num_warps=warps,
+    )
+    return out
 
 
 def multiply_packed(x: Tensor, layer: Arranged, launch: Launch | None = None) -> Tensor:
@@ -863,7 +1155,7 @@ def multiply_packed(x: Tensor, layer: Arranged, launch: Launch | None = None) ->
     out = x.new_empty(tokens, layer.out_features)
     if tokens == 0:
         return out
-    _, assembly, early = _abilities(x.device)
+    able = _abilities(x.device)
     launch = launch or _TUNED.get(_key(tokens, layer)) or default_launch(tokens, layer)
     if x.stride(1) != 1:
         x = x.contiguous()
@@ -903,10 +1195,10 @@ def multiply_packed(x: Tensor, layer: Arranged, launch: Launch | None = None) ->
         BLOCK_N=launch.BLOCK_N,
         FOLD=launch.FOLD or layer.group_size % 16 > 0,
         STAGES=launch.STAGES,
-        ASM=assembly,
-        EARLY=early,
+        ASM=able.assembly,
+        EARLY=able.early,
         num_warps=launch.warps,
-        **({"launch_pdl": True} if early else {}),
+        **({"launch_pdl": True} if able.early else {}),
     )
     return out
 
@@ -943,7 +1235,7 @@ def _expanded(layer: Arranged, columns: slice, dtype: torch.dtype) -> Tensor:
         GS=layer.group_size,
         SYM=layer.zeros is None,
         STORED=layer.stored,
-        ASM=_abilities(out.device)[1],
+        ASM=_abilities(out.device).assembly,
     )
     return out
 
@@ -955,7 +1247,7 @@ def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
 
 def _gathered(x: Tensor, perm: Tensor) -> Tensor:
     """x (M, K) -> (M, K'): x[:, perm], 0 where perm is -1."""
-    early = _abilities(x.device)[2]
+    early = _abilities(x.device).early
     tokens, width = x.shape
     columns = len(perm)
     if width > _GATHER:
