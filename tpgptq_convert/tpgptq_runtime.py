@@ -445,7 +445,8 @@ if triton is not None:
             + ((n // 64) * (tiles // (STORED // ROWS)) * (64 * STORED) + (n % 64) * STORED)[:, None]
             + r[None, :]
         )
-        tokens = x + tl.minimum(m, M - 1).to(tl.int64)[None, :] * stride + r[:, None]
+        tokens = x + m.to(tl.int64)[None, :] * stride + r[:, None]
+        there = (m < M)[None, :]
         last = hi - 1
         scale = _lines(scales, lo, n, N, S, STORED, ROWS, GS)
         zero = scale
@@ -468,9 +469,10 @@ if triton is not None:
             for j in tl.static_range(S):
                 row = _row(t, j, S, STORED, ROWS)
                 if EVEN:
-                    operand = tl.load(tokens + row)
+                    operand = tl.load(tokens + row, mask=there, other=0.0)
                 else:
-                    operand = tl.load(tokens + row, mask=(row + r < K)[:, None], other=0.0)
+                    inside = there & (row + r < K)[:, None]
+                    operand = tl.load(tokens + row, mask=inside, other=0.0)
                 if FOLD:
                     total = tl.dot(weights[j], operand, total)
                 else:
@@ -976,7 +978,10 @@ def default_launch(tokens: int, layer: Arranged) -> Launch:
     rows, columns = layer.stored, layer.columns
     processors = _abilities(layer.packed.device).processors
     wide = 128 if columns % 128 == 0 else 64
-    if tokens == 1:
+    if rows == 32 and tokens <= 16:
+        launch = Launch(1 if tokens == 1 else 16, wide, rows, False, 3, 4, 1)
+        programs = 4 * processors
+    elif tokens == 1:
         few = rows < 64 or columns < 64 * processors
         launch = Launch(1, 64, rows, False, 2 if few else 3, 4 if few else 2, 1)
         programs = (5 if few and rows == 64 else 7) * processors
