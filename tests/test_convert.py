@@ -734,7 +734,13 @@ def test_a_failed_verification_keeps_the_output_aside(
 
 
 def test_the_activations_that_the_table_allows_can_be_verified() -> None:
+    from transformers.activations import ACT2FN
+
     assert set(FUNCTIONS) == set(ACTIVATIONS)
+    x = torch.linspace(-4, 4, 33, dtype=torch.float64)  # 0 is one of them
+    for name, function in FUNCTIONS.items():
+        torch.testing.assert_close(function(x), ACT2FN[name](x))
+        assert function(x)[16] == 0
 
 
 def test_gpu_is_refused_where_there_is_none(tpgptq: Run, tiny: Path, tmp_path: Path) -> None:

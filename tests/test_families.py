@@ -77,6 +77,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 # Other forms that a family has.
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt_neox-20b's activation": ("gpt_neox", {"hidden_act": "gelu_fast"}),
     "gpt_bigcode, kv heads of its own": ("gpt_bigcode", {"multi_query": False}),
     "falcon, one kv head": ("falcon", {"ffn_hidden_size": 160}),
     "falcon, kv heads of its own": ("falcon", {"multi_query": False, "bias": True}),

@@ -141,7 +141,7 @@ class Linear:
 NO_KEY = ""
 
 # What an activation may be called: functions of each channel alone that map 0 to 0.
-ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu", "relu2")
+ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "relu2")
 LARGEST = 1 << 22  # of a size in config.json
 ALWAYS = ""  # in Family.biases, in the place of a config key
 

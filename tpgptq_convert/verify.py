@@ -71,8 +71,10 @@ SLICE = {"cpu": 1 << 19, "cuda": 1 << 24}  # values that are unpacked at a time
 FUNCTIONS: Mapping[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "gelu": functional.gelu,
-    "gelu_new": lambda x: functional.gelu(x, approximate="tanh"),
-    "gelu_pytorch_tanh": lambda x: functional.gelu(x, approximate="tanh"),
+    **dict.fromkeys(
+        ("gelu_new", "gelu_fast", "gelu_pytorch_tanh"),
+        lambda x: functional.gelu(x, approximate="tanh"),
+    ),
     "relu": functional.relu,
     "relu2": lambda x: functional.relu(x).square(),
 }
