@@ -47,7 +47,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gemma3_text": {"sliding_window": 8},
     "seed_oss": {"attention_bias": True, "attention_out_bias": True},
     "ernie4_5": {"use_bias": True},
-    "helium": {"head_dim": 8},
+    "helium": {"head_dim": 8, "attention_bias": True},
     "exaone4": {"sliding_window": 8, "sliding_window_pattern": 2},
     "stablelm": {"head_dim": 8, "use_qkv_bias": True},
     "opt": {"ffn_dim": 160, "word_embed_proj_dim": 64},
@@ -79,6 +79,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox-20b's activation": ("gpt_neox", {"hidden_act": "gelu_fast"}),
     "gpt_bigcode, kv heads of its own": ("gpt_bigcode", {"multi_query": False}),
+    "falcon, one norm for groups of heads": (
+        "falcon",
+        {**CONFIGS["falcon"], "num_ln_in_parallel_attn": 1},
+    ),
     "falcon, one kv head": ("falcon", {"ffn_hidden_size": 160}),
     "falcon, kv heads of its own": ("falcon", {"multi_query": False, "bias": True}),
     "falcon, ALiBi, the MLP with a norm of its own": (
@@ -90,7 +94,7 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v3, experts in no block": ("deepseek_v3", {**LATENT, "first_k_dense_replace": 2}),
     "qwen2_moe, one block with experts": (
         "qwen2_moe",
-        {**CONFIGS["qwen2_moe"], "mlp_only_layers": [1]},
+        {**CONFIGS["qwen2_moe"], "mlp_only_layers": [1], "qkv_bias": False},
     ),
     "qwen3_moe, one block with experts": (
         "qwen3_moe",

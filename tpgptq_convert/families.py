@@ -144,6 +144,7 @@ NO_KEY = ""
 ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh", "relu", "relu2")
 LARGEST = 1 << 22  # of a size in config.json
 ALWAYS = ""  # in Family.biases, in the place of a config key
+DENIED = (False, None)  # in Family.forms
 
 # Our names of what a config.json says about a model, and the keys it says it under.
 KEYS = {
@@ -219,8 +220,8 @@ class Family:
     heads_together: int = 1  # heads come in multiples of this, on a rank too
     mlp_times: int = 1  # what a config says of the MLP, as a multiple of its channels
     mlp_ratio: int = 0  # the MLP's channels for each of the hidden ones, where a config is silent
-    # A key, and the family it is where config.json denies it (false or null).
-    unless: tuple[str, Family] | None = None
+    # A key, some values, and the family it is where config.json says one of them.
+    forms: tuple[tuple[str, tuple[Any, ...], Family], ...] = ()
     transposed: bool = False  # layers that aren't quantised are stored (K, N)
 
     def block(self, index: int) -> str:
@@ -263,6 +264,11 @@ class Family:
         if key == NO_KEY:
             return None
         return self.defaults.get(key) if config.get(key) is None else config[key]
+
+    def form(self, config: Mapping[str, Any]) -> Family | None:
+        """What it is instead under this config.json, if anything."""
+        forms = (family for key, values, family in self.forms if self.said(config, key) in values)
+        return next(forms, None)
 
     def tied(self, config: Mapping[str, Any]) -> bool:
         """Whether the embeddings are the head as well."""
@@ -553,17 +559,19 @@ FALCON_RW = Family(
 FALCON_HEADS = replace(  # attention and the MLP read the same norm
     FALCON_RW,
     block_tensors=norms(BEFORE, bias=True),
-    unless=("parallel_attn", FALCON_RW),
+    forms=(("parallel_attn", DENIED, FALCON_RW),),
 )
 FALCON_ONE_KV_HEAD = replace(  # falcon-7b
     FALCON_HEADS,
     linears=fused(FALCON_QKV, FALCON_O, *FALCON_MLP),
     one_kv_head=True,
-    unless=("multi_query", FALCON_HEADS),
+    forms=(("multi_query", DENIED, FALCON_HEADS),),
+)
+FALCON_GROUPS = replace(  # falcon2-11b
+    FALCON_HEADS, keys={**FALCON_HEADS.keys, "kv_heads": "num_kv_heads"}, forms=()
 )
 
 EXPERTS, SHARED = Axis("experts"), Axis("shared")
-QWEN2 = replace(LLAMA, biases={ALWAYS: (Q, K, V)})
 QWEN3 = replace(
     LLAMA,
     block_tensors={**LLAMA.block_tensors, **QK_NORM},
@@ -645,7 +653,7 @@ DEEPSEEK = replace(
     },
     biases={"attention_bias": (Q_A, KV_A, O)},
     sizes={**DEEPSEEK_LITE.sizes, Q_LATENT: ("q_lora_rank",)},
-    unless=("q_lora_rank", DEEPSEEK_LITE),
+    forms=(("q_lora_rank", DENIED, DEEPSEEK_LITE),),
 )
 DEEPSEEK_V3: dict[str, Any] = {
     "experts": replace(
@@ -665,13 +673,20 @@ FAMILIES: Mapping[str, Family] = {
     "mistral": MISTRAL,
     "ministral": MISTRAL,
     "mixtral": replace(MISTRAL, linears=MISTRAL.linears[:4], experts=MIXTRAL_EXPERTS),
-    "qwen2": QWEN2,
-    "qwen2_moe": replace(QWEN2, experts=QWEN2_EXPERTS),
+    "qwen2": replace(LLAMA, biases={ALWAYS: (Q, K, V)}),
+    "qwen2_moe": replace(
+        LLAMA,
+        biases={"qkv_bias": (Q, K, V)},
+        defaults={"qkv_bias": True},
+        experts=QWEN2_EXPERTS,
+    ),
     "qwen3": QWEN3,
     "qwen3_moe": replace(QWEN3, experts=QWEN3_EXPERTS),
     "deepseek_v2": DEEPSEEK,
     "deepseek_v3": replace(
-        DEEPSEEK, **DEEPSEEK_V3, unless=("q_lora_rank", replace(DEEPSEEK_LITE, **DEEPSEEK_V3))
+        DEEPSEEK,
+        **DEEPSEEK_V3,
+        forms=(("q_lora_rank", DENIED, replace(DEEPSEEK_LITE, **DEEPSEEK_V3)),),
     ),
     "gemma": GEMMA,
     "gemma2": replace(GEMMA, block_tensors=norms(BEFORE, AFTER, *FEEDFORWARD)),
@@ -688,7 +703,7 @@ FAMILIES: Mapping[str, Family] = {
         defaults={"attention_bias": True},
     ),
     "ernie4_5": replace(LLAMA, biases={"use_bias": (Q, K, V, O, GATE, UP, DOWN)}, defaults=TIED),
-    "helium": LLAMA,
+    "helium": replace(LLAMA, biases={"attention_bias": (Q, K, V), "mlp_bias": (GATE, UP, DOWN)}),
     "hunyuan_v1_dense": replace(
         LLAMA,
         block_tensors={
@@ -854,7 +869,7 @@ FAMILIES: Mapping[str, Family] = {
             **{"activation_function": "gelu_pytorch_tanh", "multi_query": True},
         },
         one_kv_head=True,
-        unless=("multi_query", GPT_BIGCODE_HEADS),
+        forms=(("multi_query", DENIED, GPT_BIGCODE_HEADS),),
     ),
     "gpt_neox": Family(
         prefix="gpt_neox.layers",
@@ -888,10 +903,9 @@ FAMILIES: Mapping[str, Family] = {
         biases={ALWAYS: (FALCON_QKV, FALCON_O, *FALCON_MLP)},
         keys={
             **EVERY_HEAD_ITS_OWN,
-            **{"blocks": "n_layer", "heads": "n_head"},
-            **{"intermediate": NO_KEY, "activation": NO_KEY},
+            **{"blocks": "n_layer", "heads": "n_head", "intermediate": NO_KEY},
         },
-        defaults=TIED,
+        defaults={"hidden_act": "gelu", **TIED},  # which no config says
         mlp_ratio=4,
     ),
     "mpt": Family(
@@ -903,16 +917,18 @@ FAMILIES: Mapping[str, Family] = {
         keys={
             **EVERY_HEAD_ITS_OWN,
             **{"hidden": "d_model", "blocks": "n_layers", "heads": "n_heads"},
-            **{"intermediate": NO_KEY, "activation": NO_KEY},
+            "intermediate": NO_KEY,
         },
-        defaults=TIED,
+        defaults={"hidden_act": "gelu", **TIED},
         mlp_ratio=4,
     ),
     "falcon": replace(  # falcon-40b and 180b
-        FALCON_HEADS,
+        FALCON_GROUPS,
         block_tensors=norms("ln_attn", "ln_mlp", bias=True),
-        keys={**FALCON_HEADS.keys, "kv_heads": "num_kv_heads"},
-        unless=("new_decoder_architecture", FALCON_ONE_KV_HEAD),
+        forms=(
+            ("new_decoder_architecture", DENIED, FALCON_ONE_KV_HEAD),
+            ("num_ln_in_parallel_attn", (1,), FALCON_GROUPS),
+        ),
     ),
     "persimmon": replace(
         LLAMA,
@@ -938,6 +954,6 @@ def family_of(config: Mapping[str, Any]) -> Family:
             hint="other families are not supported yet",
         )
     family = FAMILIES[model_type]
-    while family.unless and family.said(config, family.unless[0]) in (False, None):
-        family = family.unless[1]
+    while form := family.form(config):
+        family = form
     return family
