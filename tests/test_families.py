@@ -114,7 +114,15 @@ SHORT = {
 PAIR = ("gate", "up")
 DENSE = ("shared_expert_gate",)  # what no one quantises
 # What released checkpoints call a module that transformers 5 has renamed.
-OLD_NAMES = {"mlp": "block_sparse_moe", "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+OLD_NAMES = {
+    "mixtral": {"mlp": "block_sparse_moe", "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"},
+    "exaone": {
+        **{"model": "transformer", "layers": "h", "embed_tokens": "wte", "norm": "ln_f"},
+        **{"input_layernorm": "ln_1", "post_attention_layernorm": "ln_2"},
+        **{"self_attn": "attn.attention", "o_proj": "out_proj"},
+        **{"gate_proj": "c_fc_0", "up_proj": "c_fc_1", "down_proj": "c_proj"},
+    },
+}
 MPT = {"hidden_size": "d_model", "num_hidden_layers": "n_layers", "num_attention_heads": "n_heads"}
 NAMES = {
     "gptj": SHORT,
@@ -149,15 +157,16 @@ def test_the_readme_lists_every_family() -> None:
 
 def build(directory: Path, model_type: str, more: Mapping[str, Any]) -> nn.Module:
     """Write a checkpoint and return the float32 model that it stands for."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
+    own = model_type in LAYOUTS and model_type not in CONFIG_MAPPING
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     names = NAMES.get(model_type, {})
     sizes = {names.get(name, name): size for name, size in SIZES.items()}
     if model_type == "falcon":
         del sizes["head_dim"]  # can't be said
-    if model_type in LAYOUTS:  # transformers has no class
+    if own:  # transformers has no class
         config = OwnConfig(**sizes | more, family=model_type, tie_word_embeddings=False)
         model = OwnForCausalLM(config).float().eval()
     else:
@@ -171,7 +180,7 @@ def build(directory: Path, model_type: str, more: Mapping[str, Any]) -> nn.Modul
     elif FAMILIES[model_type].head not in state:  # its name before transformers 5
         state[FAMILIES[model_type].head] = state.pop("lm_head.weight")
     prefix = FAMILIES[model_type].prefix
-    old = OLD_NAMES if model_type == "mixtral" else {}
+    old = {} if own else OLD_NAMES.get(model_type, {})
     count = 0
 
     def released(name: str) -> str:
@@ -187,7 +196,7 @@ def build(directory: Path, model_type: str, more: Mapping[str, Any]) -> nn.Modul
         return dequantise(layer, g_idx).float()
 
     for name, module in model.named_modules():
-        if not name.startswith(f"{prefix}.") or name.endswith(DENSE):
+        if not released(name).startswith(f"{prefix}.") or name.endswith(DENSE):
             continue
         if hasattr(module, "gate_up_proj") and hasattr(module, "num_experts"):
             for index, (rows, down) in enumerate(
@@ -205,13 +214,13 @@ def build(directory: Path, model_type: str, more: Mapping[str, Any]) -> nn.Modul
             del state[f"{name}.weight"]
     state = {released(name): tensor for name, tensor in state.items()}
     text = json.loads(config.to_json_string(use_diff=False))
-    if model_type in LAYOUTS:
+    if own:
         text |= {"model_type": model_type, "auto_map": AUTO_MAP}
     family = family_of(text)
     blocks = range(SIZES["num_hidden_layers"])
     assert count == sum(len(family.linears_of(text, family.geometry(text), i)) for i in blocks)
     directory.mkdir()
-    if model_type in LAYOUTS:
+    if own:
         shutil.copy(modeling_own.__file__, directory)
     save_file(
         {name: tensor.contiguous() for name, tensor in state.items()},
@@ -378,6 +387,29 @@ def test_configs_that_misstate_experts_and_latents(
     result = tpgptq("inspect", tmp_path / "model")
     assert result.exit_code == 1
     assert f"config.json: {key} {words}" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("model_type", "names"),
+    [
+        ("bloom", {"hidden_size": "n_embed", "n_head": "num_attention_heads"}),  # bloom-7b1
+        ("gpt2", {"n_embd": "hidden_size", "n_layer": "num_hidden_layers"}),
+        ("qwen3_moe", {"num_experts": "num_local_experts"}),
+    ],
+)
+def test_keys_have_the_names_that_transformers_takes_for_them(
+    tpgptq: Run, tmp_path: Path, model_type: str, names: Mapping[str, str]
+) -> None:
+    build(tmp_path / "model", model_type, CONFIGS.get(model_type, {}))
+    path = tmp_path / "model" / "config.json"
+    config = json.loads(path.read_text())
+    before = tpgptq("inspect", tmp_path / "model").stdout
+    for name, other in names.items():
+        value = config.pop(other, None)
+        config[other] = config.pop(name, value)
+    path.write_text(json.dumps(config))
+    after = tpgptq("inspect", tmp_path / "model")
+    assert (after.exit_code, after.stdout) == (0, before)
 
 
 def test_a_block_that_predicts_further_tokens_is_refused_in_one_line(

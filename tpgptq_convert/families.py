@@ -156,6 +156,13 @@ KEYS = {
     "intermediate": "intermediate_size",
     "activation": "hidden_act",
 }
+# Keys, and what other files call them; transformers takes either.
+ALIASES = {
+    **{"hidden_size": "n_embed", "n_embd": "hidden_size"},
+    **{"n_layer": "num_hidden_layers", "num_layers": "num_hidden_layers"},
+    **{"n_head": "num_attention_heads", "activation_function": "hidden_act"},
+    "num_experts": "num_local_experts",
+}
 
 
 @dataclass(frozen=True)
@@ -163,7 +170,7 @@ class Experts:
     """The MLPs of a block of which a router picks some for every token."""
 
     linears: tuple[Linear, ...]  # with * in their names for an expert's index
-    counts: tuple[str, ...]  # the keys of which one in config.json says how many
+    count: str  # the key that says how many
     size: str  # the key that says how many channels they have
     block_tensors: Mapping[str, tuple[str, ...]]
     # What every token passes beside them, and the key that says how many channels that has.
@@ -174,10 +181,6 @@ class Experts:
     but: str = NO_KEY  # a list of blocks that have none
     after: str = NO_KEY  # how many blocks at the beginning have none
     step: str = NO_KEY  # of what follows those: so many; transformers takes it for 1
-
-    def count(self, config: Mapping[str, Any]) -> str:
-        """The key that says how many."""
-        return next((key for key in self.counts if key in config), self.counts[0])
 
     def wrong_blocks(self, said: Callable[[str], Any]) -> Iterator[str]:
         """What is no answer to which blocks have experts."""
@@ -263,7 +266,8 @@ class Family:
         """What a config.json says under a key of its own, or means by its silence."""
         if key == NO_KEY:
             return None
-        return self.defaults.get(key) if config.get(key) is None else config[key]
+        values = (config.get(name) for name in (key, ALIASES.get(key, key)))
+        return next((value for value in values if value is not None), self.defaults.get(key))
 
     def form(self, config: Mapping[str, Any]) -> Family | None:
         """What it is instead under this config.json, if anything."""
@@ -323,7 +327,7 @@ class Family:
             head_dim=head_dim,
             sizes={Axis.QUERY.name: head_dim, Axis.KV.name: head_dim, **sizes},
             mlps=mlps,
-            experts=size_at(self.experts.count(config)) if self.experts else 0,
+            experts=size_at(self.experts.count) if self.experts else 0,
             activation=str(self.said(config, keys["activation"]) or "silu"),
             heads_together=self.heads_together,
         )
@@ -579,7 +583,7 @@ QWEN3 = replace(
 )
 QWEN3_EXPERTS = Experts(
     linears=through(EXPERTS, *(f"mlp.experts.*.{x}_proj" for x in ("gate", "up", "down"))),
-    counts=("num_experts", "num_local_experts"),
+    count="num_experts",
     size="moe_intermediate_size",
     block_tensors={"mlp.gate.weight": ("experts", "hidden")},
     every="decoder_sparse_step",
@@ -597,14 +601,14 @@ QWEN2_EXPERTS = replace(
 OLMOE_EXPERTS = replace(QWEN3_EXPERTS, size="intermediate_size", every=NO_KEY, but=NO_KEY)
 MIXTRAL_EXPERTS = Experts(
     linears=through(EXPERTS, *(f"block_sparse_moe.experts.*.w{i}" for i in (1, 3, 2))),
-    counts=("num_local_experts",),
+    count="num_local_experts",
     size="intermediate_size",
     block_tensors={"block_sparse_moe.gate.weight": ("experts", "hidden")},
 )
 
 DEEPSEEK_EXPERTS = replace(
     QWEN3_EXPERTS,
-    counts=("n_routed_experts",),
+    count="n_routed_experts",
     shared=through(SHARED, *(f"mlp.shared_experts.{x}_proj" for x in ("gate", "up", "down"))),
     shared_counts="n_shared_experts",
     every=NO_KEY,

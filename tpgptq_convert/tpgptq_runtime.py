@@ -1546,13 +1546,15 @@ def swap_linears(
         block.register_forward_hook(sum_output)
 
 
-# What transformers 5 calls modules that checkpoints have under older names.
+# What transformers 5 calls modules that checkpoints have under older names: mixtral's, gpt_neox's,
+# and exaone's, which it runs as llama.
 _NEW_NAMES = {
-    "block_sparse_moe": "mlp",
-    "embed_out": "lm_head",
-    "w1": "gate_proj",
-    "w2": "down_proj",
-    "w3": "up_proj",
+    **{"block_sparse_moe": "mlp", "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"},
+    **{"embed_out": "lm_head"},
+    **{"transformer": "model", "h": "layers", "wte": "embed_tokens", "ln_f": "norm"},
+    **{"ln_1": "input_layernorm", "ln_2": "post_attention_layernorm"},
+    **{"attn": "self_attn", "attention": "", "out_proj": "o_proj"},
+    **{"c_fc_0": "gate_proj", "c_fc_1": "up_proj", "c_proj": "down_proj"},
 }
 
 
@@ -1560,7 +1562,7 @@ def _renamed(model: nn.Module) -> Callable[[str], str]:
     """What a name in the files is in this model."""
     known = {word for name, _ in model.named_modules() for word in name.split(".")}
     names = {old: new for old, new in _NEW_NAMES.items() if old not in known}
-    return lambda name: ".".join(names.get(word, word) for word in name.split("."))
+    return lambda name: ".".join(filter(None, (names.get(word, word) for word in name.split("."))))
 
 
 def _tell_heads(
