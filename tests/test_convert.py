@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import Result
-from factories import dequantise, edit_tensors, make_checkpoint, refresh_checksums
+from factories import dequantise, edit_tensors, edit_text, make_checkpoint, refresh_checksums
 from safetensors.numpy import load_file as load_arrays
 from safetensors.torch import load_file
 
@@ -731,6 +731,19 @@ def test_a_failed_verification_keeps_the_output_aside(
     assert result.exit_code == 3
     assert f"; the output is kept in {tmp_path / 'out.failed'}\n" in result.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["out.failed"]
+
+
+def test_ranks_share_kv_heads_as_the_manifest_counts_them(tpgptq: Run, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    succeed(tpgptq("convert", "--tp", 4, make_checkpoint(tmp_path / "model"), out))  # 2 kv heads
+    edit_text(out / "tpgptq.json", '"padded_kv": 2', '"padded_kv": 1')
+    edit_text(out / "config.json", '"num_key_value_heads": 2', '"num_key_value_heads": 1')
+    refresh_checksums(out)
+    result = tpgptq("verify", tmp_path / "model", out)
+    assert result.exit_code == 3
+    wrong = [line for line in result.stderr.splitlines() if "o_proj: rank" in line]
+    assert [line.partition(": rank ")[2][0] for line in wrong] == ["2", "3"] * 2
+    assert all("its kv heads aren't its share of the 1 in tpgptq.json" in line for line in wrong)
 
 
 def test_the_activations_that_the_table_allows_can_be_verified() -> None:

@@ -746,15 +746,20 @@ class _Block:
         return origins
 
     def _heads_apart(self, layer: Layer) -> Iterator[str]:
-        """Query heads must share the place of their kv head, and every kv head have one there."""
-        group = self.geometry.queries_per_kv
+        """Query heads must share the place of their kv head, and every kv head have one there.
+
+        Ranks to which a server gives the same kv head, by the manifest's number of them, have it.
+        """
+        group, tp = self.geometry.queries_per_kv, self.stored.tp
+        padded = min(self.stored.manifest["heads"]["padded_kv"], tp)
+        first: dict[int, IntArray] = {}  # rank's kv heads, of those that share them
 
         def channels(heads: IntArray, like: IntArray) -> IntArray:
             size = like.shape[1]
             channels = heads[:, None] * size + np.arange(size)
             return np.where(heads[:, None] < 0, -1, channels).astype(np.int32)
 
-        for rank in range(self.stored.tp):
+        for rank in range(tp):
             queries, *kvs = (
                 origins.reshape(-1, self.geometry.sizes[axis.name])
                 for axis in (Axis.QUERY, *_kv_axes(layer))
@@ -769,6 +774,8 @@ class _Block:
                 and all(np.array_equal(of_part, channels(places, of_part)) for of_part in kvs)
             ):
                 yield f"rank {rank}: its query heads don't stand with their kv heads"
+            if not np.array_equal(first.setdefault(rank * padded // tp, places), places):
+                yield f"rank {rank}: its kv heads aren't its share of the {padded} in {MANIFEST}"
 
     def _counts(self, layer: Layer) -> Iterator[str]:
         """Every source row and column is kept once; kv heads wherever a query head needs them."""
