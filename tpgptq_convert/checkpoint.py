@@ -154,9 +154,9 @@ class Checkpoint:
 
     @property
     def most_ranks(self) -> int:
-        """The largest degree at which a rank still has a head, or a group of rows."""
+        """The largest degree at which a rank still has a head, or a group of the MLP's rows."""
         first = (layers[0] for layers in self.kinds.values())
-        groups = (layer.groups for layer in first if layer.linear.parallel == "row")
+        groups = (layer.groups for layer in first if layer.linear.reads.free)
         return max(self.geometry.heads, *groups)
 
     @property

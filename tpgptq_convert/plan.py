@@ -158,7 +158,7 @@ def make_plans(
     degrees, most = list(degrees), checkpoint.most_ranks
     problems = [
         f"tp {tp}: must be from 1 to {most}"
-        f"{'; more ranks have neither a head nor a group of rows' if tp > most else ''}"
+        f"{'; more ranks have neither a head nor a group of the MLP' if tp > most else ''}"
         for tp in degrees
         if not 1 <= tp <= most
     ]
