@@ -176,6 +176,18 @@ def test_inputs_of_any_shape(runtime: ModuleType) -> None:
     torch.testing.assert_close(runtime.multiply(whole[0, :, :256].float(), layer), exact)
 
 
+@pytest.mark.parametrize("tokens", [1, 16, 1024])
+def test_inputs_that_lie_by_channel_and_sizes_that_fill_no_block(
+    runtime: ModuleType, tokens: int
+) -> None:
+    tensors = shard(64, 72, 32)
+    linear, layer = runtime.QuantLinear(tensors), runtime.arrange([tensors])
+    x = torch.randn(64, tokens, device=DEVICE).half().T
+    out = runtime.multiply(x, layer)
+    check(out, x, linear)
+    assert out.is_contiguous()  # or no ranks could sum it
+
+
 def test_what_a_token_is_fed_does_not_leak_into_another(runtime: ModuleType) -> None:
     layer = runtime.arrange([shard(256, 64, 32)])
     x = torch.randn(5, 256, device=DEVICE).half()

@@ -1222,7 +1222,7 @@ def multiply_expanded(x: Tensor, layer: Arranged) -> Tensor:
         torch.mm(x, _expanded(layer, some, x.dtype).t(), out=out[:, some])
     if layer.bias is not None:
         out += layer.bias.to(x.dtype)
-    return out[:, : layer.out_features]
+    return out[:, : layer.out_features].contiguous()  # for a sum over ranks
 
 
 def _expanded(layer: Arranged, columns: slice, dtype: torch.dtype) -> Tensor:
@@ -1252,6 +1252,8 @@ def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
 
 def _gathered(x: Tensor, perm: Tensor) -> Tensor:
     """x (M, K) -> (M, K'): x[:, perm], 0 where perm is -1."""
+    if x.stride(1) != 1:
+        x = x.contiguous()
     early = _abilities(x.device).early
     tokens, width = x.shape
     columns = len(perm)
