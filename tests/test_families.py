@@ -446,6 +446,11 @@ def test_inspect_tells_layers_of_one_name_apart(tpgptq: Run, tmp_path: Path) -> 
     assert "q_a_proj, kv_a_proj_with_mqa share one g_idx in 0 of 2 blocks." in lines
 
 
+def test_layers_that_are_one_share_with_none(tpgptq: Run, tmp_path: Path) -> None:
+    build(tmp_path / "model", "phi3", {})
+    assert "share one g_idx" not in tpgptq("inspect", tmp_path / "model").stdout
+
+
 def test_the_code_of_a_model_runs_only_where_it_is_trusted(tpgptq: Run, tmp_path: Path) -> None:
     build(tmp_path / "model", "internlm2", {})
     out = tmp_path / "out"

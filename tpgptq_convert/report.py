@@ -96,7 +96,7 @@ def _same_g_idx(checkpoint: Checkpoint) -> list[dict[str, Any]]:
             all(np.array_equal(layer.g_idx, layers[0].g_idx) for layer in layers)
             for layers in together
         )
-        if together:
+        if len(kinds) > 1:
             found.append({"layers": list(kinds), "blocks": same, "of": len(together)})
     return found
 
