@@ -107,14 +107,18 @@ def _malformed(manifest: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name}: bits is {own!r}; must be one of {BITS}, or null"
         elif own and any(stated[x] % pack_factor(own) for x in ("in_features", "out_features")):
             yield f"{name}: in_features and out_features must be multiples of {pack_factor(own)}"
+    if type(manifest.get("model_type")) is not str:
+        yield f"model_type is {manifest.get('model_type')!r}; must be a name"
     for key in ("source", "heads", "intermediate"):
         if not isinstance(manifest.get(key), dict):
             yield f"{key} is {manifest.get(key)!r}; must be an object"
     heads = manifest.get("heads")
     if isinstance(heads, dict):
-        query, kv = heads.get("padded_query"), heads.get("padded_kv")
-        if not (type(query) is type(kv) is int and query > 0 and kv > 0):
-            yield "heads must state padded_query and padded_kv"
+        wanted = ("query", "kv", "padded_query", "padded_kv")
+        counts: list[Any] = [heads.get(name) for name in wanted]
+        query, kv = counts[2:]
+        if not all(type(count) is int and count > 0 for count in counts):
+            yield f"heads must state {', '.join(wanted)}"
         elif query % tp or (kv % tp and tp % kv) or query // tp % max(1, kv // tp):
             yield f"heads: {query} query and {kv} kv heads can't be shared by {tp} ranks"
 
