@@ -188,6 +188,16 @@ def test_inputs_that_lie_by_channel_and_sizes_that_fill_no_block(
     assert out.is_contiguous()  # or no ranks could sum it
 
 
+@pytest.mark.parametrize("tokens", [1, 16, 1024])
+@pytest.mark.parametrize("perm", [False, True])
+def test_inputs_that_want_gradients_get_none(runtime: ModuleType, perm: bool, tokens: int) -> None:
+    tensors = shard(64, 64, 32, perm=perm)
+    x = torch.randn(tokens, 64, device=DEVICE).half().requires_grad_()
+    out = runtime.multiply(x, runtime.arrange([tensors]))
+    assert not out.requires_grad
+    check(out, x.detach(), runtime.QuantLinear(tensors))
+
+
 def test_what_a_token_is_fed_does_not_leak_into_another(runtime: ModuleType) -> None:
     layer = runtime.arrange([shard(256, 64, 32)])
     x = torch.randn(5, 256, device=DEVICE).half()

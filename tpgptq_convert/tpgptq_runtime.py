@@ -1083,7 +1083,8 @@ def multiply(x: Tensor, layer: Arranged) -> Tensor:
     """x (..., K) -> (..., out_features), by the fastest way there is for so many tokens.
 
     Nothing waits for the device, and memory comes from torch's allocator, so that calls can be
-    captured in a CUDA graph. One layer's calls must follow each other on one stream.
+    captured in a CUDA graph. One layer's calls must follow each other on one stream. The kernels
+    have no gradients.
     """
     flat = x.reshape(-1, x.shape[-1])
     if x.dtype not in (torch.float16, torch.bfloat16):
@@ -1212,7 +1213,7 @@ def multiply_expanded(x: Tensor, layer: Arranged) -> Tensor:
     """x (M, K) -> (M, out_features): some columns' weights at a time, and a plain product."""
     out = x.new_empty(len(x), layer.columns)
     x = (
-        nn.functional.pad(x, (0, layer.rows - x.shape[1]))
+        nn.functional.pad(x.detach(), (0, layer.rows - x.shape[1]))
         if layer.perm is None
         else _gathered(x, layer.perm)
     )
@@ -1711,7 +1712,7 @@ def load_model(
     if (checkpoint.directory / "generation_config.json").is_file():
         generation = GenerationConfig.from_pretrained(directory)
         model.generation_config = generation
-    return model.eval()
+    return model.eval().requires_grad_(requires_grad=False)
 
 
 def _source_config(checkpoint: Checkpoint) -> dict[str, Any]:
