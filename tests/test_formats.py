@@ -88,7 +88,8 @@ def formats(draw: st.DrawFn) -> dict[str, Any]:
         | st.dictionaries(st.sampled_from([*MODULES, "lm_head"]), st.none() | FORM, min_size=1)
     )
     unit = 32 if modules else max(16, pack_factor(bits))
-    kv_heads = draw(st.sampled_from([1, 2, 3]))
+    narrow = draw(st.sampled_from([1, 2]))  # of 2, one head's channels may fill no whole word
+    kv_heads = narrow * draw(st.sampled_from([1, 2, 3]))
     return {
         "bits": bits,
         "sym": draw(st.booleans()),
@@ -99,7 +100,7 @@ def formats(draw: st.DrawFn) -> dict[str, Any]:
         "intermediate": unit * draw(st.integers(1, 9)),
         "kv_heads": kv_heads,
         "heads": kv_heads * draw(st.sampled_from([1, 2, 4])),
-        "head_dim": unit,
+        "head_dim": unit // narrow,
         "blocks": 2 if modules else 1,
         "modules": modules,
         "seed": draw(st.integers(0, 10_000)),

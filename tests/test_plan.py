@@ -402,8 +402,8 @@ def test_planning_imports_no_torch(tmp_path: Path) -> None:
     assert json.loads(done.stdout) is False
 
 
-def test_heads_too_narrow_to_pack_are_refused() -> None:
-    model = make_model(4, 2, 4, 64, 64, 32, "equal", 0)
-    assert len(make_plans(model.checkpoint, [1])) == 1
-    with pytest.raises(DegreeError, match="k_proj would have 4 columns per rank; must be a mult"):
-        make_plans(model.checkpoint, [2])
+def test_heads_too_narrow_to_pack_alone_are_dealt_together() -> None:
+    model = make_model(4, 2, 4, 64, 64, 32, "equal", 0)  # eight channels fill a word
+    plans = make_plans(model.checkpoint, [1, 2, 4])
+    assert [(plan.heads.query, plan.heads.kv) for plan in plans] == [(4, 2), (2, 2), (2, 2)]
+    assert [plan.heads.padded for plan in plans] == [False, True, True]

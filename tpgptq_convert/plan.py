@@ -13,8 +13,8 @@ with the law  rows[j] == -1 or g_idx[rows[j]] == groups[j // group_size].
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -132,20 +132,44 @@ class Heads:
         return query.reshape(-1).astype(np.int32), np.where(real, head, -1).astype(np.int32)
 
 
-def deal_heads(geometry: Geometry, tp: int, bits: int) -> Heads:
+def deal_heads(
+    geometry: Geometry, tp: int, bits: int, fits: Callable[[Heads], bool] = lambda _: True
+) -> Heads:
     """The dealing that costs a rank the least; where heads divide, they are dealt evenly.
 
     Either whole kv heads with their query heads are dealt, or kv heads are copied and their query
-    heads shared out; empty heads fill what is left.
+    heads shared out; empty heads fill what is left, until a rank has so many that they fit.
     """
 
     def dealt(each: int) -> Heads:
         places = geometry.kv_heads * -(-geometry.queries_per_kv // each)
         together = geometry.heads_together
-        return Heads(geometry, tp, -(-places // (tp * together)) * together, each)
+        heads = Heads(geometry, tp, -(-places // (tp * together)) * together, each)
+        while not fits(heads):
+            heads = replace(heads, kv=heads.kv + together)
+        return heads
 
     choices = map(dealt, range(geometry.queries_per_kv, 0, -1))
     return min(choices, key=lambda heads: heads.cost(bits))
+
+
+def heads_of(checkpoint: Checkpoint, tp: int) -> Heads:
+    """How a checkpoint's heads are dealt: so that every layer's columns fill whole words."""
+    geometry, bits = checkpoint.geometry, checkpoint.quant.bits
+    writers = {
+        (layers[0].linear, layers[0].pack_factor)
+        for layers in checkpoint.kinds.values()
+        if layers[0].quant and layers[0].linear.writes[0].cut is Cut.HEADS
+    }
+
+    def fits(heads: Heads) -> bool:
+        widths = {
+            name: size * (heads.kv if name == Axis.KV.name else heads.query)
+            for name, size in geometry.sizes.items()
+        }
+        return all(linear.width(widths) % pack == 0 for linear, pack in writers)
+
+    return deal_heads(geometry, tp, bits, fits)
 
 
 def make_plans(
@@ -164,19 +188,7 @@ def make_plans(
     ]
     if problems:
         raise DegreeError(*problems, hint="`tpgptq inspect` says what each degree costs")
-    plans = [(kind or Plan)(checkpoint, tp, row_group) for tp in degrees]
-    problems = [
-        f"tp {plan.tp}: {name} would have {count} {what} per rank; must be a multiple of "
-        f"{layers[0].pack_factor}"
-        for plan in plans
-        for name, layers in checkpoint.kinds.items()
-        for size in [plan.sizes[name]]
-        for what, count in (("rows", size.in_features), ("columns", size.out_features))
-        if count % layers[0].pack_factor and (what == "rows" or layers[0].quant)
-    ]
-    if problems:
-        raise DegreeError(*problems, hint="use a smaller --tp")
-    return plans
+    return [(kind or Plan)(checkpoint, tp, row_group) for tp in degrees]
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,7 +230,7 @@ class Plan:
     @cached_property
     def heads(self) -> Heads:
         """Which heads each rank has."""
-        return deal_heads(self.checkpoint.geometry, self.tp, self.checkpoint.quant.bits)
+        return heads_of(self.checkpoint, self.tp)
 
     def _copies(self, linear: Linear) -> int:
         """How many ranks hold the same columns of a layer."""
@@ -556,12 +568,11 @@ def check_layout(checkpoint: Checkpoint, layout: str, degrees: Iterable[int]) ->
     cut_by_servers = layout == "gptq" or (
         layout == "merged" and not checkpoint.family.states_head_dim
     )
-    bits = checkpoint.quant.bits
     problems = [
         f"--layout {layout}: tp {tp} needs empty heads, which this layout can't have with "
         f"{checkpoint.config['model_type']}; must divide the heads"
         for tp in degrees
-        if cut_by_servers and tp > 0 and deal_heads(checkpoint.geometry, tp, bits).padded
+        if cut_by_servers and tp > 0 and heads_of(checkpoint, tp).padded
     ]
     if problems:
         raise UnsupportedError(*problems, hint="use --layout ranks")
