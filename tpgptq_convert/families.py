@@ -240,8 +240,8 @@ class Family:
         self, config: Mapping[str, Any], geometry: Geometry, block: int
     ) -> tuple[Linear, ...]:
         """The layers of one block, in the order in which it uses them."""
-        experts = self.experts
-        if experts is None or not experts.inside(partial(self.said, config), block):
+        experts = self._experts_in(config, block)
+        if experts is None:
             return self.linears
         return (
             *(linear for linear in self.linears if Axis.MLP not in (linear.reads, *linear.writes)),
@@ -253,9 +253,13 @@ class Family:
         self, config: Mapping[str, Any], block: int
     ) -> Mapping[str, tuple[str, ...]]:
         """Every other tensor of one block."""
-        if self.experts is None or not self.experts.inside(partial(self.said, config), block):
-            return self.block_tensors
-        return {**self.block_tensors, **self.experts.block_tensors}
+        experts = self._experts_in(config, block)
+        return {**self.block_tensors, **(experts.block_tensors if experts else {})}
+
+    def _experts_in(self, config: Mapping[str, Any], block: int) -> Experts | None:
+        """The experts of one block, if it has any."""
+        experts = self.experts
+        return experts if experts and experts.inside(partial(self.said, config), block) else None
 
     @property
     def head_linear(self) -> Linear:
