@@ -1086,6 +1086,9 @@ def multiply(x: Tensor, layer: Arranged) -> Tensor:
     captured in a CUDA graph. One layer's calls must follow each other on one stream. The kernels
     have no gradients.
     """
+    if x.is_cuda and x.device.index != torch.cuda.current_device():  # where Triton launches
+        with torch.cuda.device(x.device):
+            return multiply(x, layer)
     flat = x.reshape(-1, x.shape[-1])
     if x.dtype not in (torch.float16, torch.bfloat16):
         out = layer.reference(flat)
@@ -1168,6 +1171,8 @@ def multiply_packed(x: Tensor, layer: Arranged, launch: Launch | None = None) ->
     if launch.BLOCK_M > 1 and layer.perm is not None:
         x, width = _gathered(x, layer.perm), layer.rows
     blocks = -(-tokens // launch.BLOCK_M), layer.columns // launch.BLOCK_N
+    if blocks[0] * blocks[1] > len(layer.counters):  # a launch that was tuned for fewer
+        launch = launch._replace(splits=1)
     partial, counters = x, x
     if launch.splits > 1:
         size = blocks[0] * blocks[1] * launch.splits * launch.BLOCK_M * launch.BLOCK_N
@@ -1431,6 +1436,7 @@ class _Kernel:
     """What stands for a QuantLinear's tensors once it uses the kernels.
 
     Layers that are fed the same tensor one after another share one: the first computes all of them.
+    In inference mode, where tensors have no versions, nothing may change it in between.
     """
 
     def __init__(self, layer: Arranged, widths: Sequence[int]) -> None:
@@ -1478,7 +1484,9 @@ def arranged_layers(model: nn.Module) -> list[Arranged]:
 
 
 def _alike(one: QuantLinear, other: QuantLinear) -> bool:
-    """Whether two layers of a module may share a launch: told apart by their input alone."""
+    """Whether two layers of a module may share a launch: they may have the same input."""
+    if not all(isinstance(linear, ColumnParallelLinear) for linear in (one, other)):
+        return False
     sizes = [(linear.in_features, linear.group_size, linear.bits) for linear in (one, other)]
     if sizes[0] != sizes[1] or (one.perm is None) != (other.perm is None):
         return False
@@ -1523,8 +1531,7 @@ def swap_linears(
         parent, _, child = renamed(name).rpartition(".")
         setattr(model.get_submodule(parent), child, linear)
         alike = together.setdefault(parent, [])
-        column = isinstance(linear, ColumnParallelLinear)
-        mine = next((others for others in alike if column and _alike(linear, others[0])), None)
+        mine = next((others for others in alike if _alike(linear, others[0])), None)
         if mine is None:
             alike.append([linear])
         else:
