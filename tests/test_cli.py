@@ -166,7 +166,7 @@ def test_an_interrupted_run_leaves_nothing(tiny: Path, tmp_path: Path, how: sign
         assert len(list(tmp_path.iterdir())) == 1  # the temporary directory
         process.send_signal(how)
         _, stderr = process.communicate()  # the layer is held up for a minute at most
-    assert process.returncode == 128 + how
+    assert process.returncode == 1
     assert stderr.splitlines()[-2:] == [
         f"Error: stopped by {how.name} before it was done",
         "Hint: run it again; a conversion with --resume keeps what it has written",

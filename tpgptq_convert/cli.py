@@ -30,8 +30,8 @@ ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 SETTINGS = {"help_option_names": ["-h", "--help"]}
 EPILOG = (
     "Exit codes: 0 done; 1 an anticipated failure (bad checkpoint, unsupported model, output "
-    "exists, disk full); 2 wrong usage; 3 verification failed; 128 and the signal's number if "
-    "interrupted (130 Ctrl-C, 143 SIGTERM). Data goes to stdout, talk to stderr."
+    "exists, disk full, interrupted); 2 wrong usage; 3 verification failed. Data goes to stdout, "
+    "talk to stderr."
 )
 
 
@@ -53,7 +53,7 @@ class Command(click.Command):
             hint = "free some memory, or use a machine that has more"
         except KeyboardInterrupt as stop:
             signum = signal.Signals(stop.args[0] if stop.args else signal.SIGINT)
-            problems, code = (f"stopped by {signum.name} before it was done",), 128 + signum
+            problems, code = (f"stopped by {signum.name} before it was done",), 1
             hint = "run it again; a conversion with --resume keeps what it has written"
         if is_first():
             _complain(problems, hint)
