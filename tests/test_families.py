@@ -463,6 +463,18 @@ def test_the_code_of_a_model_runs_only_where_it_is_trusted(tpgptq: Run, tmp_path
         load_model(out, trust_remote_code=True)
 
 
+def test_trusted_code_runs_also_where_transformers_has_a_class(tpgptq: Run, tmp_path: Path) -> None:
+    build(tmp_path / "model", "llama", {})
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": AUTO_MAP}))
+    (tmp_path / "model" / "modeling_own.py").write_text("raise SystemExit('it ran')\n")
+    out = tmp_path / "out"
+    assert tpgptq("convert", "--tp", 1, tmp_path / "model", out).exit_code == 0
+    assert type(load_model(out)).__name__ == "LlamaForCausalLM"
+    with pytest.raises(SystemExit, match="it ran"):
+        load_model(out, trust_remote_code=True)
+
+
 def test_heads_that_lie_in_quarters_come_in_fours(tpgptq: Run, tmp_path: Path) -> None:
     build(tmp_path / "model", "codegen", CONFIGS["codegen"])
     edit_text(tmp_path / "model" / "config.json", '"n_head": 8', '"n_head": 6')

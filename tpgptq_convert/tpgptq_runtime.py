@@ -1680,8 +1680,8 @@ def load_model(
     """The Hugging Face model in `directory`, as one rank runs it; needs transformers.
 
     Only this rank's files and the shared ones are read. rank None: this process's own rank.
-    trust_remote_code: run the code that lies in `directory`, where transformers has no class of its
-    own for the model. Raises FormatError.
+    trust_remote_code: run the code that lies in `directory`, where config.json's auto_map names it,
+    even if transformers has a class of its own for the model. Raises FormatError.
     """
     import transformers
     from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, GenerationConfig
@@ -1696,12 +1696,12 @@ def load_model(
     if rank is None:
         rank = dist.get_rank(group) if world > 1 else 0
     stated = _source_config(checkpoint)
-    remote = stated["model_type"] not in CONFIG_MAPPING
-    if remote and not trust_remote_code:
+    remote = trust_remote_code and "AutoModelForCausalLM" in (stated.get("auto_map") or {})
+    if not remote and stated["model_type"] not in CONFIG_MAPPING:
         raise FormatError(
             f"{checkpoint.directory}: transformers {transformers.__version__} has no model_type "
-            f"{stated['model_type']!r}; its code may lie here, and runs only with "
-            "--trust-remote-code (trust_remote_code=True)"
+            f"{stated['model_type']!r}; its code may lie here, and runs only where config.json's "
+            "auto_map names it, with --trust-remote-code (trust_remote_code=True)"
         )
     if remote:
         config = AutoConfig.from_pretrained(checkpoint.directory, trust_remote_code=True)
