@@ -24,6 +24,7 @@ from remote import modeling_own
 from remote.modeling_own import LAYOUTS, OwnConfig, OwnForCausalLM
 from safetensors.torch import save_file
 from torch import nn
+from transformers import CONFIG_MAPPING
 
 from tpgptq_convert.families import FAMILIES, family_of
 from tpgptq_convert.packing import pack_cols, unpack_cols
@@ -102,6 +103,16 @@ FORMS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
 }
 CASES = {name: (name, CONFIGS.get(name, {})) for name in FAMILIES} | FORMS
+# Families of LAYOUTS that newer versions of transformers have a class for.
+NATIVE = ("exaone",)
+NATIVE_CASES = [
+    pytest.param(
+        *(CASES[name], True),
+        id=f"{name}, transformers' class",
+        marks=pytest.mark.skipif(name not in CONFIG_MAPPING, reason=f"transformers has no {name}"),
+    )
+    for name in NATIVE
+]
 AUTO_MAP = {
     "AutoConfig": "modeling_own.OwnConfig",
     "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
@@ -117,7 +128,7 @@ DENSE = ("shared_expert_gate",)  # what no one quantises
 OLD_NAMES = {
     "mixtral": {"mlp": "block_sparse_moe", "gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"},
     "exaone": {
-        **{"model": "transformer", "layers": "h", "embed_tokens": "wte", "norm": "ln_f"},
+        **{"model": "transformer", "embed_tokens": "wte", "layers": "h", "norm": "ln_f"},
         **{"input_layernorm": "ln_1", "post_attention_layernorm": "ln_2"},
         **{"self_attn": "attn.attention", "o_proj": "out_proj"},
         **{"gate_proj": "c_fc_0", "up_proj": "c_fc_1", "down_proj": "c_proj"},
@@ -144,7 +155,7 @@ def table() -> str:
     rows = [
         f"`{name}` | {' '.join(f'`{x.name}`' for x in family.linears if x.fused)} "
         f"| yes | yes | equal | equal | {'auto-gptq, ' * (name in test_oracle.CASES)}our packer"
-        f"{', a class of our own' * (name in LAYOUTS)}"
+        f"{', a class of our own' * (name in LAYOUTS)}{', one of transformers' * (name in NATIVE)}"
         for name, family in FAMILIES.items()
     ]
     lines = [head, "|".join([" --- "] * 7), *rows]
@@ -155,18 +166,23 @@ def test_the_readme_lists_every_family() -> None:
     assert table() in README.read_text()
 
 
-def build(directory: Path, model_type: str, more: Mapping[str, Any]) -> nn.Module:
-    """Write a checkpoint and return the float32 model that it stands for."""
-    from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+def build(
+    directory: Path, model_type: str, more: Mapping[str, Any], native: bool = False
+) -> nn.Module:
+    """Write a checkpoint and return the float32 model that it stands for.
 
-    own = model_type in LAYOUTS and model_type not in CONFIG_MAPPING
+    native: of transformers' class, where there is one of our own too.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
     torch.manual_seed(0)
     rng = np.random.default_rng(0)
     names = NAMES.get(model_type, {})
     sizes = {names.get(name, name): size for name, size in SIZES.items()}
     if model_type == "falcon":
         del sizes["head_dim"]  # can't be said
-    if own:  # transformers has no class
+    own = model_type in LAYOUTS and not native
+    if own:
         config = OwnConfig(**sizes | more, family=model_type, tie_word_embeddings=False)
         model = OwnForCausalLM(config).float().eval()
     else:
@@ -214,7 +230,9 @@ def build(directory: Path, model_type: str, more: Mapping[str, Any]) -> nn.Modul
             del state[f"{name}.weight"]
     state = {released(name): tensor for name, tensor in state.items()}
     text = json.loads(config.to_json_string(use_diff=False))
-    if own:
+    if native:
+        text |= {name: text.pop(key) for name, key in config.attribute_map.items()}  # released
+    if model_type in LAYOUTS:
         text |= {"model_type": model_type, "auto_map": AUTO_MAP}
     family = family_of(text)
     blocks = range(SIZES["num_hidden_layers"])
@@ -232,15 +250,19 @@ def build(directory: Path, model_type: str, more: Mapping[str, Any]) -> nn.Modul
 
 
 @pytest.mark.parametrize("tp", [2, 3, 4])
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.parametrize(
+    ("case", "native"),
+    [*(pytest.param(case, False, id=name) for name, case in CASES.items()), *NATIVE_CASES],
+)
 def test_the_logits_of_the_ranks_are_the_models(
     tpgptq: Run,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     case: tuple[str, Mapping[str, Any]],
+    native: bool,
     tp: int,
 ) -> None:
-    model = build(tmp_path / "model", *case)
+    model = build(tmp_path / "model", *case, native)
     done = tpgptq("convert", "--tp", tp, tmp_path / "model", tmp_path / "out")  # and verify
     assert done.exit_code == 0, done.output
     tokens = torch.tensor(TOKENS)
@@ -251,7 +273,7 @@ def test_the_logits_of_the_ranks_are_the_models(
         tp,
         lambda rank: rank(tokens).logits,
         monkeypatch,
-        trust_remote_code=case[0] in LAYOUTS,
+        trust_remote_code=case[0] in LAYOUTS and not native,
     )
     scale = float(expected.abs().max())
     assert scale > 0.1

@@ -1528,7 +1528,7 @@ def swap_linears(
             )
         else:
             linear = ColumnParallelLinear(tensors, *quant)
-        parent, _, child = renamed(name).rpartition(".")
+        parent, _, child = renamed(f"{name}.weight").removesuffix(".weight").rpartition(".")
         setattr(model.get_submodule(parent), child, linear)
         alike = together.setdefault(parent, [])
         mine = next((others for others in alike if _alike(linear, others[0])), None)
@@ -1556,23 +1556,35 @@ def swap_linears(
         block.register_forward_hook(sum_output)
 
 
-# What transformers 5 calls modules that checkpoints have under older names: mixtral's, gpt_neox's,
-# and exaone's, which it runs as llama.
+# Layers of experts, which transformers 5 merges, not renames: what they are called in `Experts`.
 _NEW_NAMES = {
-    **{"block_sparse_moe": "mlp", "w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"},
-    **{"embed_out": "lm_head"},
-    **{"transformer": "model", "h": "layers", "wte": "embed_tokens", "ln_f": "norm"},
-    **{"ln_1": "input_layernorm", "ln_2": "post_attention_layernorm"},
-    **{"attn": "self_attn", "attention": "", "out_proj": "o_proj"},
-    **{"c_fc_0": "gate_proj", "c_fc_1": "up_proj", "c_proj": "down_proj"},
+    "block_sparse_moe": "mlp",
+    "w1": "gate_proj",
+    "w2": "down_proj",
+    "w3": "up_proj",
 }
 
 
 def _renamed(model: nn.Module) -> Callable[[str], str]:
-    """What a name in the files is in this model."""
-    known = {word for name, _ in model.named_modules() for word in name.split(".")}
-    names = {old: new for old, new in _NEW_NAMES.items() if old not in known}
-    return lambda name: ".".join(filter(None, (names.get(word, word) for word in name.split("."))))
+    """What the name of a tensor in the files is in this model: transformers 5 renames modules."""
+    try:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import WeightRenaming
+    except ImportError:  # transformers 4, which renames none
+        renamings = []
+    else:
+        conversions = get_model_conversion_mapping(model, add_legacy=False)  # type: ignore[arg-type]
+        renamings = [one for one in conversions if isinstance(one, WeightRenaming)]
+    known = set(model.state_dict())
+
+    def rename(name: str) -> str:
+        if name in known:
+            return name
+        for renaming in renamings:
+            name, _ = renaming.rename_source_key(name)
+        return ".".join(_NEW_NAMES.get(word, word) for word in name.split("."))
+
+    return rename
 
 
 def _tell_heads(
