@@ -379,3 +379,47 @@ def test_more_files_than_may_be_open(tmp_path: Path) -> None:
     command += f' -q --max-shard-size 1KB "{model}" "{tmp_path / "out"}"'
     assert subprocess.run(["bash", "-c", command], check=False).returncode == 0
     assert len(list((tmp_path / "out").glob("model-rank-*"))) > 200
+
+
+NOT_A_MANIFEST: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
+    (lambda m: m["modules"][Q0].update(bits=4.0), f"{Q0}: bits is 4.0; must be one of"),
+    (lambda m: m["source"].update(revision=5), "source.revision is 5; must be a commit, or null"),
+    (lambda m: m["source"].pop("revision"), "source.revision is None"),
+    (lambda m: m["source"].update(name=None), "source.name is None; must be text"),
+    (lambda m: m.update(tool=[]), "tool is []; must be text"),
+    (lambda m: m.update(model_type=7), "model_type is 7; must be text"),
+    *(
+        (lambda m, entry=entry: m["files"]["other"].update(x=entry), "files must map every file's")
+        for entry in (
+            *({"bytes": nbytes, "sha256": ""} for nbytes in ("x", None, [], -1, 1e300, True)),
+            *({"bytes": 1, "sha256": sha256} for sha256 in (None, [1])),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("edit", "told"), NOT_A_MANIFEST)
+@pytest.mark.parametrize("command", ["verify", "push"])
+def test_manifests_of_odd_types(
+    tpgptq: Run, tmp_path: Path, edit: Callable[[dict[str, Any]], Any], told: str, command: str
+) -> None:
+    model = make_checkpoint(tmp_path / "m")
+    out = converted(tpgptq, model, tmp_path / "out", "--no-verify")
+    edit_manifest(out, edit)
+    first, second = (model, out) if command == "verify" else (out, "org/name")
+    refused(tpgptq(command, first, second), told)
+
+
+def test_a_perm_in_the_layout_that_has_none(tpgptq: Run, tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "m")
+    out = converted(tpgptq, model, tmp_path / "out", "--layout", "gptq")
+    edit_manifest(out, lambda manifest: manifest["modules"][Q0].update(perm=True))
+    refused(tpgptq("verify", model, out), f"{Q0}: perm is True; must be false")
+
+
+@pytest.mark.parametrize("config", [{}, {"model_type": "llama"}, {"num_attention_heads": 0}])
+def test_limits_of_a_config_that_was_damaged(config: dict[str, Any]) -> None:
+    from tpgptq_convert.served import limits
+
+    assert limits({"model_type": "llama"} | config, 2) == []
+    assert limits(config, 2) == []
