@@ -423,3 +423,14 @@ def test_limits_of_a_config_that_was_damaged(config: dict[str, Any]) -> None:
 
     assert limits({"model_type": "llama"} | config, 2) == []
     assert limits(config, 2) == []
+
+
+def test_a_link_where_verify_writes(tpgptq: Run, tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "m")
+    out = converted(tpgptq, model, tmp_path / "out", "--no-verify")
+    (tmp_path / "precious").write_text("mine")
+    (out / ".tpgptq.json").symlink_to("../precious")
+    assert tpgptq("verify", model, out).exit_code == 0
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert not (out / "tpgptq.json").is_symlink()
+    assert json.loads((out / "tpgptq.json").read_text())["verified"] is True

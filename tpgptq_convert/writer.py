@@ -265,6 +265,8 @@ def record_verified(out: Path) -> dict[str, Any]:
     """State in OUT's manifest that OUT was proven against its source; returns the manifest."""
     manifest = read_manifest(out) | {"verified": True}
     new = out / f".{MANIFEST}"
-    write_json(new, manifest)
+    new.unlink(missing_ok=True)  # a link would be followed
+    with new.open("x", encoding="utf-8") as file:
+        file.write(json_text(manifest))
     new.replace(out / MANIFEST)
     return manifest
