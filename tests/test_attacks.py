@@ -434,3 +434,44 @@ def test_a_link_where_verify_writes(tpgptq: Run, tmp_path: Path) -> None:
     assert (tmp_path / "precious").read_text() == "mine"
     assert not (out / "tpgptq.json").is_symlink()
     assert json.loads((out / "tpgptq.json").read_text())["verified"] is True
+
+
+NEVER_ENDING: dict[str, Callable[[Path], object]] = {
+    "a pipe": os.mkfifo,
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+}
+
+
+@pytest.mark.parametrize("kind", NEVER_ENDING)
+@pytest.mark.parametrize("name", ["model-rank-1-part-0.safetensors", "model-shared.safetensors"])
+def test_pipes_and_devices_in_an_output(tpgptq: Run, tmp_path: Path, name: str, kind: str) -> None:
+    model = make_checkpoint(tmp_path / "m")
+    out = converted(tpgptq, model, tmp_path / "out")
+    (out / name).unlink()
+    NEVER_ENDING[kind](out / name)
+    told = f"{name}: not a whole safetensors file (a directory, a pipe or a device)"
+    refused(tpgptq("verify", model, out), told, code=3)
+    skip = ("convert", "--tp", 2, "--skip-if-current", model, out)
+    refused(tpgptq(*skip), "use --overwrite to replace it")
+    assert tpgptq(*skip, "--overwrite").exit_code == 0
+
+
+@pytest.mark.parametrize("file", ["m/config.json", "out/tpgptq.json"])
+def test_json_that_is_a_hole(tpgptq: Run, tmp_path: Path, file: str) -> None:
+    model = make_checkpoint(tmp_path / "m")
+    out = converted(tpgptq, model, tmp_path / "out")
+    os.truncate(tmp_path / file, 1 << 40)
+    refused(tpgptq("verify", model, out), f"{file}: has {1 << 40} bytes; must have at most")
+
+
+def test_index_vectors_that_are_holes(tpgptq: Run, tmp_path: Path) -> None:
+    """They are told by their header, and not read."""
+    model = make_checkpoint(tmp_path / "m")
+    out = converted(tpgptq, model, tmp_path / "out")
+    index, nbytes = out / "tpgptq-index.safetensors", 1 << 40
+    entry = {"dtype": "I32", "shape": [1, nbytes // 4], "data_offsets": [0, nbytes]}
+    header = json.dumps({f"{Q0}.rows": entry}).encode()
+    index.write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(index, 8 + len(header) + nbytes)
+    edit_manifest(out, lambda manifest: manifest["files"]["other"].pop(index.name))
+    refused(tpgptq("verify", model, out), f"{Q0}: rank 0: {nbytes // 4} rows in tpgptq", code=3)
