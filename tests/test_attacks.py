@@ -379,3 +379,99 @@ def test_more_files_than_may_be_open(tmp_path: Path) -> None:
     command += f' -q --max-shard-size 1KB "{model}" "{tmp_path / "out"}"'
     assert subprocess.run(["bash", "-c", command], check=False).returncode == 0
     assert len(list((tmp_path / "out").glob("model-rank-*"))) > 200
+
+
+NOT_A_MANIFEST: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
+    (lambda m: m["modules"][Q0].update(bits=4.0), f"{Q0}: bits is 4.0; must be one of"),
+    (lambda m: m["source"].update(revision=5), "source.revision is 5; must be a commit, or null"),
+    (lambda m: m["source"].pop("revision"), "source.revision is None"),
+    (lambda m: m["source"].update(name=None), "source.name is None; must be text"),
+    (lambda m: m.update(tool=[]), "tool is []; must be text"),
+    (lambda m: m.update(model_type=7), "model_type is 7; must be text"),
+    *(
+        (lambda m, entry=entry: m["files"]["other"].update(x=entry), "files must map every file's")
+        for entry in (
+            *({"bytes": nbytes, "sha256": ""} for nbytes in ("x", None, [], -1, 1e300, True)),
+            *({"bytes": 1, "sha256": sha256} for sha256 in (None, [1])),
+        )
+    ),
+]
+
+
+@pytest.mark.parametrize(("edit", "told"), NOT_A_MANIFEST)
+@pytest.mark.parametrize("command", ["verify", "push"])
+def test_manifests_of_odd_types(
+    tpgptq: Run, tmp_path: Path, edit: Callable[[dict[str, Any]], Any], told: str, command: str
+) -> None:
+    model = make_checkpoint(tmp_path / "m")
+    out = converted(tpgptq, model, tmp_path / "out", "--no-verify")
+    edit_manifest(out, edit)
+    first, second = (model, out) if command == "verify" else (out, "org/name")
+    refused(tpgptq(command, first, second), told)
+
+
+def test_a_perm_in_the_layout_that_has_none(tpgptq: Run, tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "m")
+    out = converted(tpgptq, model, tmp_path / "out", "--layout", "gptq")
+    edit_manifest(out, lambda manifest: manifest["modules"][Q0].update(perm=True))
+    refused(tpgptq("verify", model, out), f"{Q0}: perm is True; must be false")
+
+
+@pytest.mark.parametrize("config", [{}, {"model_type": "llama"}, {"num_attention_heads": 0}])
+def test_limits_of_a_config_that_was_damaged(config: dict[str, Any]) -> None:
+    from tpgptq_convert.served import limits
+
+    assert limits({"model_type": "llama"} | config, 2) == []
+    assert limits(config, 2) == []
+
+
+def test_a_link_where_verify_writes(tpgptq: Run, tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "m")
+    out = converted(tpgptq, model, tmp_path / "out", "--no-verify")
+    (tmp_path / "precious").write_text("mine")
+    (out / ".tpgptq.json").symlink_to("../precious")
+    assert tpgptq("verify", model, out).exit_code == 0
+    assert (tmp_path / "precious").read_text() == "mine"
+    assert not (out / "tpgptq.json").is_symlink()
+    assert json.loads((out / "tpgptq.json").read_text())["verified"] is True
+
+
+NEVER_ENDING: dict[str, Callable[[Path], object]] = {
+    "a pipe": os.mkfifo,
+    "a device": lambda path: path.symlink_to("/dev/zero"),
+}
+
+
+@pytest.mark.parametrize("kind", NEVER_ENDING)
+@pytest.mark.parametrize("name", ["model-rank-1-part-0.safetensors", "model-shared.safetensors"])
+def test_pipes_and_devices_in_an_output(tpgptq: Run, tmp_path: Path, name: str, kind: str) -> None:
+    model = make_checkpoint(tmp_path / "m")
+    out = converted(tpgptq, model, tmp_path / "out")
+    (out / name).unlink()
+    NEVER_ENDING[kind](out / name)
+    told = f"{name}: not a whole safetensors file (a directory, a pipe or a device)"
+    refused(tpgptq("verify", model, out), told, code=3)
+    skip = ("convert", "--tp", 2, "--skip-if-current", model, out)
+    refused(tpgptq(*skip), "use --overwrite to replace it")
+    assert tpgptq(*skip, "--overwrite").exit_code == 0
+
+
+@pytest.mark.parametrize("file", ["m/config.json", "out/tpgptq.json"])
+def test_json_that_is_a_hole(tpgptq: Run, tmp_path: Path, file: str) -> None:
+    model = make_checkpoint(tmp_path / "m")
+    out = converted(tpgptq, model, tmp_path / "out")
+    os.truncate(tmp_path / file, 1 << 40)
+    refused(tpgptq("verify", model, out), f"{file}: has {1 << 40} bytes; must have at most")
+
+
+def test_index_vectors_that_are_holes(tpgptq: Run, tmp_path: Path) -> None:
+    """They are told by their header, and not read."""
+    model = make_checkpoint(tmp_path / "m")
+    out = converted(tpgptq, model, tmp_path / "out")
+    index, nbytes = out / "tpgptq-index.safetensors", 1 << 40
+    entry = {"dtype": "I32", "shape": [1, nbytes // 4], "data_offsets": [0, nbytes]}
+    header = json.dumps({f"{Q0}.rows": entry}).encode()
+    index.write_bytes(len(header).to_bytes(8, "little") + header)
+    os.truncate(index, 8 + len(header) + nbytes)
+    edit_manifest(out, lambda manifest: manifest["files"]["other"].pop(index.name))
+    refused(tpgptq("verify", model, out), f"{Q0}: rank 0: {nbytes // 4} rows in tpgptq", code=3)

@@ -331,7 +331,10 @@ def test_many_tensors_are_resumed_in_a_moment(tmp_path: Path) -> None:
     assert again.kept == specs.keys()
 
 
-@pytest.mark.parametrize("kind", ["file", "symlink", "precious", "link inside"])
+PLACES = ["file", "symlink", "precious", "link inside", "pipe", "link", "hard link", "link deeper"]
+
+
+@pytest.mark.parametrize("kind", PLACES)
 def test_a_place_of_somebody_elses(tpgptq: Run, model: Path, tmp_path: Path, kind: str) -> None:
     work, elsewhere = tmp_path / ".out.tpgptq", tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -344,14 +347,37 @@ def test_a_place_of_somebody_elses(tpgptq: Run, model: Path, tmp_path: Path, kin
         work.mkdir()
         if kind == "precious":
             (work / "precious").write_text("mine")
-        else:
+        elif kind == "link inside":
             (work / "output").symlink_to("../elsewhere")
+        elif kind == "pipe":
+            os.mkfifo(work / "journal")
+        else:
+            (work / "output").mkdir()
+            part = work / "output" / "model-rank-0-part-0.safetensors"
+            if kind == "link":
+                part.symlink_to("../../elsewhere/precious")
+            elif kind == "hard link":
+                part.hardlink_to(elsewhere / "precious")
+            else:
+                (work / "output" / "tp-2").symlink_to("../../elsewhere")
     before = sorted(tmp_path.rglob("*"))
     for option in ((), ("--resume",)):
         refused = tpgptq("convert", *OPTIONS, *option, model, tmp_path / "out")
         assert refused.exit_code == 1
         assert "is not what an interrupted conversion of yours left" in refused.stderr
         assert sorted(tmp_path.rglob("*")) == before
+        assert (elsewhere / "precious").read_text() == "mine"
+
+
+@pytest.mark.parametrize("place", ["", "output", "old"])
+def test_a_source_where_the_output_is_written(tpgptq: Run, tmp_path: Path, place: str) -> None:
+    source = make_checkpoint(tmp_path / ".out.tpgptq" / place)
+    before = tree(source)
+    for option in ("--overwrite", "--resume"):
+        refused = tpgptq("convert", *OPTIONS, option, source, tmp_path / "out")
+        assert refused.exit_code == 1
+        assert f"lies over the source {source}; must be a directory of its own" in refused.stderr
+        assert tree(source) == before
 
 
 def test_a_disk_that_fills_up(tiny: Path, tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ def _malformed(manifest: Mapping[str, Any]) -> Iterator[str]:
         else:
             groups += ranks
     for group in groups:
-        if not isinstance(group, dict) or not all(isinstance(e, dict) for e in group.values()):
+        if not isinstance(group, dict) or not all(map(_is_stated, group.values())):
             yield "files must map every file's name to its bytes and sha256"
         elif bad := [name for name in group if not _inside(name)]:
             yield f"files names {bad[0][:80]!r}; must be a file inside the output"
@@ -101,9 +101,11 @@ def _malformed(manifest: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name}: parallel is {stated.get('parallel')!r}; must be 'column' or 'row'"
         elif type(stated.get("perm")) is not bool:
             yield f"{name}: perm is {stated.get('perm')!r}; must be true or false"
+        elif layout == "gptq" and stated["perm"]:
+            yield f"{name}: perm is True; must be false, since this layout has none"
         elif layout != "gptq" and stated["in_features"] % stated["group_size"]:
             yield f"{name}: in_features must be a multiple of group_size"
-        elif (own := stated.get("bits", bits)) not in (*BITS, None):
+        elif (own := stated.get("bits", bits)) not in (*BITS, None) or type(own) is float:
             yield f"{name}: bits is {own!r}; must be one of {BITS}, or null"
         elif own and any(stated[x] % pack_factor(own) for x in ("in_features", "out_features")):
             yield f"{name}: in_features and out_features must be multiples of {pack_factor(own)}"
@@ -112,6 +114,15 @@ def _malformed(manifest: Mapping[str, Any]) -> Iterator[str]:
     for key in ("source", "heads", "intermediate"):
         if not isinstance(manifest.get(key), dict):
             yield f"{key} is {manifest.get(key)!r}; must be an object"
+    source = manifest.get("source")
+    if isinstance(source, dict):
+        if not isinstance(source.get("name"), str):
+            yield f"source.name is {source.get('name')!r}; must be text"
+        if not isinstance(source.get("revision", 0), str | None):
+            yield f"source.revision is {source.get('revision')!r}; must be a commit, or null"
+    for key in ("tool", "model_type"):
+        if not isinstance(manifest.get(key), str):
+            yield f"{key} is {manifest.get(key)!r}; must be text"
     heads = manifest.get("heads")
     if isinstance(heads, dict):
         wanted = ("query", "kv", "padded_query", "padded_kv")
@@ -121,6 +132,16 @@ def _malformed(manifest: Mapping[str, Any]) -> Iterator[str]:
             yield f"heads must state {', '.join(wanted)}"
         elif query % tp or (kv % tp and tp % kv) or query // tp % max(1, kv // tp):
             yield f"heads: {query} query and {kv} kv heads can't be shared by {tp} ranks"
+
+
+def _is_stated(entry: Any) -> bool:
+    """Whether a file's entry says how many bytes it has, and their SHA-256."""
+    return (
+        isinstance(entry, dict)
+        and type(entry.get("bytes")) is int
+        and entry["bytes"] >= 0
+        and isinstance(entry.get("sha256"), str)
+    )
 
 
 def intermediate_sizes(

@@ -55,10 +55,12 @@ def limits(config: Mapping[str, Any], tp: int) -> list[str]:
 
     `config` is the output's config.json, empty heads included.
     """
-    family, vocabulary = config["model_type"], config.get("vocab_size")
+    family, vocabulary = config.get("model_type"), config.get("vocab_size")
     if family not in MODEL_TYPES:
         return []
-    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    heads, hidden = config.get("num_attention_heads"), config.get("hidden_size")
+    if not (type(heads) is type(hidden) is int and heads > 0):  # of an output that was damaged
+        return []
     found = []
     if isinstance(vocabulary, int) and -(-vocabulary // VOCABULARY) * VOCABULARY % tp:
         found.append(f"vLLM can't share out the vocabulary ({vocabulary}, padded to whole 64s)")

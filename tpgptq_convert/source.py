@@ -66,6 +66,7 @@ PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 INDEX_SUFFIX = ".safetensors.index.json"
 MOST_CARRIED = 10_000  # files beside the weights
 DEEPEST = 30  # directories in directories, and values in values of JSON
+LARGEST_JSON = 1 << 26  # bytes; an index of 300,000 tensors has half of that
 FLOATS = ("F16", "BF16", "F32")  # what scales, biases and the tensors beside them may be
 
 
@@ -98,9 +99,11 @@ class SafetensorsFile:
     def __init__(self, path: Path, repository: Repository | None = None) -> None:
         self.path, self._repository = path, repository
         try:
-            with self._head() as local, safe_open(local, framework="np"), local.open("rb") as file:
-                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-                self._data_start = file.tell()
+            with self._head() as local:
+                check_ends(local)
+                with safe_open(local, framework="np"), local.open("rb") as file:
+                    header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+                    self._data_start = file.tell()
         except (SafetensorError, OSError) as error:
             raise SourceError(
                 f"{path}: not a whole safetensors file ({error})",
@@ -162,6 +165,12 @@ class SafetensorsFile:
     def tensor(self, name: str) -> torch.Tensor:
         """One tensor on the CPU."""
         return as_tensor(self.array(name), self.specs[name].dtype)
+
+
+def check_ends(path: Path) -> None:
+    """Raise OSError where opening could wait, or reading go on, for ever: of a pipe or a device."""
+    if path.exists() and not path.is_file():
+        raise OSError("a directory, a pipe or a device")
 
 
 @contextmanager
@@ -408,6 +417,12 @@ class Source:
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file."""
     try:
+        size = path.stat().st_size  # of which holes take no room on a disk
+        if size > LARGEST_JSON:
+            raise SourceError(
+                f"{path}: has {size} bytes; must have at most {LARGEST_JSON}",
+                hint="fetch the file again",
+            )
         value = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SourceError(

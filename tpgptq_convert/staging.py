@@ -14,6 +14,7 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -178,14 +179,32 @@ def _made(work: Path) -> bool:
 def _check_left_behind(work: Path) -> None:
     """Refuse to take over anything but what a run of this tool left."""
     mine = not work.is_symlink() and work.is_dir() and work.stat().st_uid == os.geteuid()
-    if not mine or any(
-        child.is_symlink() or child.name not in (JOURNAL, OUTPUT, OLD) for child in work.iterdir()
-    ):
+    if not mine or not all(_is_ours(child) for child in work.iterdir()):
         raise OutputError(
             f"{work}: exists, and is not what an interrupted conversion of yours left; must not "
             "exist, or be that",
             hint="move it away, or name another output directory",
         )
+
+
+def _is_ours(path: Path) -> bool:
+    """Whether a run of this tool may have left this in its directory.
+
+    Nothing there leads elsewhere, by a link of either kind: it is written to, and cut.
+    """
+    if path.name == JOURNAL:
+        return _is_file_of_its_own(path)
+    if path.name not in (OUTPUT, OLD) or path.is_symlink() or not path.is_dir():
+        return False
+    return path.name == OLD or all(
+        (child.is_dir() and not child.is_symlink()) or _is_file_of_its_own(child)
+        for child in path.rglob("*")
+    )
+
+
+def _is_file_of_its_own(path: Path) -> bool:
+    status = path.lstat()
+    return stat.S_ISREG(status.st_mode) and status.st_nlink <= 1
 
 
 def _prepared(journal: Journal, conversion: str, resume: bool) -> Stage:
@@ -207,7 +226,11 @@ def _prepared(journal: Journal, conversion: str, resume: bool) -> Stage:
 
 def work_path(out: Path) -> Path:
     """Where an output comes into being."""
-    return out.with_name(f".{out.name}.tpgptq")
+    return out.with_name(_work_name(out))
+
+
+def _work_name(out: Path) -> str:
+    return f".{out.name}.tpgptq"
 
 
 def failed_path(out: Path) -> Path:
@@ -217,8 +240,8 @@ def failed_path(out: Path) -> Path:
 
 def check_free(out: Path, overwrite: bool, needed: int, source: Path) -> None:
     """Refuse an output that exists, that would touch the source, or that can't fit."""
-    real, model = out.resolve(), source.resolve()
-    if real == model or real in model.parents or model in real.parents:
+    real, model, work = out.resolve(), source.resolve(), out.parent.resolve() / _work_name(out)
+    if model in real.parents or {real, work} & {model, *model.parents}:
         raise OutputError(
             f"{out}: lies over the source {source}; must be a directory of its own",
             hint="name another output directory",

@@ -437,13 +437,16 @@ class _Stored:
         slices = (*(slice(None),) * dim, slice(begin, begin + size))
         return slices, (*shape[:dim], size, *shape[dim + 1 :])
 
-    def origin(self, name: str, rank: int) -> IntArray | None:
+    def origin(self, name: str, rank: int, size: int) -> IntArray | None:
         """One rank's source rows or columns from the index file."""
         if self._index is None or name not in self._index.specs:
             return None
-        spec, vectors = self._index.specs[name], self._index.array(name)
+        spec, what = self._index.specs[name], name.rpartition(".")[2]
         if spec.dtype != "I32" or len(spec.shape) != 2 or spec.shape[0] not in (1, self.tp):
             raise _DamagedError(f"{INDEX} is {spec.dtype} {list(spec.shape)}; must be I32, by rank")
+        if spec.shape[1] != size:
+            raise _DamagedError(f"{spec.shape[1]} {what} in {INDEX}; must be {size}")
+        vectors = self._index.array(name)
         vector: IntArray = vectors[min(rank, len(vectors) - 1)]
         return vector
 
@@ -595,13 +598,11 @@ class _Block:
         if not self.stored.has_index:
             return np.empty(0, np.int32)
         try:
-            vector = self.stored.origin(f"{layer.name}.{what}", rank)
+            vector = self.stored.origin(f"{layer.name}.{what}", rank, size)
         except _DamagedError as error:
             raise _DamagedError(f"rank {rank}: {error}") from None
         if vector is None:
             raise _DamagedError(f"rank {rank}: {what} are missing from {INDEX}")
-        if vector.shape != (size,):
-            raise _DamagedError(f"rank {rank}: {len(vector)} {what} in {INDEX}; must be {size}")
         if vector.min() < -1 or vector.max() >= limit:
             raise _DamagedError(
                 f"rank {rank}: {what} in {INDEX} have values {vector.min()} to {vector.max()}; "

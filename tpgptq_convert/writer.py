@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from io import RawIOBase
 from itertools import accumulate
 from pathlib import Path
 from threading import Event, Lock
@@ -18,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tpgptq_convert.manifest import MANIFEST, read_manifest
-from tpgptq_convert.source import CHUNK, TensorSpec, reading
+from tpgptq_convert.source import CHUNK, TensorSpec, check_ends, reading
 
 SYNCED = 1 << 27  # bytes of a file that are forced to the disk at a time
 ALIGNMENT = 64  # of the data in a file, for readers that map it
@@ -245,11 +246,16 @@ def checksum(path: Path, stop: Event | None = None) -> dict[str, Any]:
     """Size and SHA-256 of a file, as the manifest states them; wrong once `stop` is set."""
     digest, buffer = hashlib.sha256(), memoryview(bytearray(1 << 20))
     size = 0
-    with reading(path), path.open("rb", buffering=0) as file:
+    with reading(path), _plain(path) as file:
         while (count := file.readinto(buffer)) and not (stop and stop.is_set()):
             digest.update(buffer[:count])
             size += count
     return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _plain(path: Path) -> RawIOBase:
+    check_ends(path)
+    return path.open("rb", buffering=0)
 
 
 def json_text(value: Any) -> str:
@@ -265,8 +271,10 @@ def record_verified(out: Path) -> dict[str, Any]:
     """State in OUT's manifest that OUT was proven against its source; returns the manifest."""
     manifest = read_manifest(out) | {"verified": True}
     new = out / f".{MANIFEST}"
+    new.unlink(missing_ok=True)  # a link would be followed
     try:
-        write_json(new, manifest)
+        with new.open("x", encoding="utf-8") as file:
+            file.write(json_text(manifest))
         new.replace(out / MANIFEST)
     finally:
         new.unlink(missing_ok=True)  # it was not to be: the disk is full
