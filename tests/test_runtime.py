@@ -89,12 +89,16 @@ def test_every_architecture_runs_at_tp_2(
     torch.testing.assert_close(torch.tensor(ranks["logits"]), expected, rtol=0, atol=1e-5 * scale)
 
 
-def test_the_readme_command_of_the_shipped_module(tpgptq: Run, tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("tp", [2, 3])  # 3: six heads, which don't divide the hidden size
+def test_the_readme_command_of_the_shipped_module(
+    tpgptq: Run, tiny: Path, tmp_path: Path, tp: int
+) -> None:
     out = tmp_path / "out"
-    assert tpgptq("convert", "--tp", 2, tiny, out).exit_code == 0
+    assert tpgptq("convert", "--tp", tp, tiny, out).exit_code == 0
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            f"--nproc-per-node={tp}",
             *(str(out / "tpgptq_runtime.py"), "--prompt", "Return the", "--max-new-tokens", "8"),
             *("--device", "cpu"),
         ],

@@ -68,7 +68,7 @@ dist.init_process_group("nccl" if cuda else "gloo")
 model = tpgptq_runtime.load_model(
     ".", dtype=torch.float16 if cuda else torch.float32, device=device
 )
-tokenizer = AutoTokenizer.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained(".", config=model.config)
 prompt = tokenizer("Once upon a time", return_tensors="pt").to(device)
 tokens = model.generate(
     prompt["input_ids"], attention_mask=prompt["attention_mask"], max_new_tokens=20

@@ -372,7 +372,7 @@ def inspect(
     from tpgptq_convert.report import describe, render
 
     checkpoint = read_checkpoint(model, revision)
-    wanted = degrees or range(1, min(checkpoint.most_ranks, DEGREES_SHOWN) + 1)
+    wanted = dict.fromkeys(degrees) or range(1, min(checkpoint.most_ranks, DEGREES_SHOWN) + 1)
     report = describe(checkpoint, make_plans(checkpoint, wanted, int(row_group)))
     if as_json:
         _print_json(ok=True, **report)

@@ -138,8 +138,9 @@ def render(report: dict[str, Any]) -> str:
         names = ", ".join(short[name] for name in same["layers"])
         where = "blocks" if same["of"] <= report["blocks"] else "experts"
         lines.append(f"{names} share one g_idx in {same['blocks']} of {same['of']} {where}.")
-    most, shown = report["largest_tp"], len(report["degrees"])
-    more = f"; `--tp N` shows one beyond {shown}" if 1 < shown < most else ""
+    most, shown = report["largest_tp"], [degree["tp"] for degree in report["degrees"]]
+    every = 1 < len(shown) < most and shown == list(range(1, len(shown) + 1))
+    more = f"; `--tp N` shows one beyond {len(shown)}" if every else ""
     lines.append(f"Tensor-parallel degrees: every one from 1 to {most}{more}.")
     if report["degrees"]:
         row_parallel = [layer for layer in report["layers"] if layer["parallel"] == "row"]

@@ -1821,7 +1821,10 @@ def main() -> None:
         )
     except FormatError as error:
         raise SystemExit(f"Error: {error}" if os.environ.get("RANK", "0") == "0" else 1) from None
-    tokenizer = AutoTokenizer.from_pretrained(arguments.checkpoint, trust_remote_code=trust)
+    # With the model's config: transformers 5 refuses numbers of heads as config.json may state.
+    tokenizer = AutoTokenizer.from_pretrained(
+        arguments.checkpoint, config=model.config, trust_remote_code=trust
+    )
     inputs = tokenizer(arguments.prompt, return_tensors="pt").to(device)
     with torch.inference_mode():
         tokens = model.generate(  # type: ignore[operator]
