@@ -595,7 +595,9 @@ def set_at(value: Any, *keys: Any) -> Callable[[dict[str, Any]], None]:
         (set_at(704, "intermediate", "padded"), 3),
         (set_at(False, "sym"), 3),
         (set_at("gptq_v2", "checkpoint_format"), 3),
-        (set_at({}, "files", "shared", "model-shared.safetensors"), 3),
+        (set_at({}, "files", "shared", "model-shared.safetensors"), 1),
+        (set_at(1, "files", "shared", "model-shared.safetensors", "bytes"), 3),
+        (set_at("0" * 64, "files", "shared", "model-shared.safetensors", "sha256"), 3),
     ],
 )
 def test_verify_checks_the_manifest(
