@@ -99,6 +99,17 @@ def test_no_licence_is_said(tpgptq: Run, model: Path, readme: bytes | None) -> N
     assert "states no licence" not in card_of(tpgptq, model)[1].stderr
 
 
+@pytest.mark.parametrize(("row_group", "small"), [(8, True), (32, False)])
+def test_groups_that_kernels_for_gpus_dont_take(
+    tpgptq: Run, tiny: Path, tmp_path: Path, row_group: int, small: bool
+) -> None:
+    out, options = tmp_path / "out", ("--no-verify", "--tp", 4, "--row-group", row_group)
+    assert tpgptq("convert", *options, tiny, out).exit_code == 0
+    card = (out / "README.md").read_text()
+    assert "vllm serve" in card
+    assert ("less than 32 rows, and this output has some of 16" in card) == small
+
+
 def test_what_it_says(tpgptq: Run, model: Path) -> None:
     card, _ = card_of(tpgptq, model, "--tp", 2, "--row-group", 16, "--max-shard-size", "9KB")
     out = model.with_name("out")

@@ -11,7 +11,7 @@ from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
 
 from tpgptq_convert.manifest import weight_files
-from tpgptq_convert.served import limits, refusals
+from tpgptq_convert.served import GPU_GROUP, limits, refusals
 from tpgptq_convert.source import read_json
 
 HUB = "https://huggingface.co"
@@ -86,7 +86,11 @@ In an environment that has `tpgptq-convert` as well, which brings the plugin{her
 vllm serve {where} --tensor-parallel-size {tp}
 ```
 
-Degrees that divide {tp} work too."""
+Degrees that divide {tp} work too.{small}"""
+
+SMALL = """ On GPUs
+vLLM's kernels take no groups of less than 32 rows, and this output has some of {rows}: they need
+one that was written with `--row-group 32`, if its source has groups as large."""
 
 HERE = " (`.` is this directory; or the repository's name, if it is on the Hub, and `--revision`)"
 NOT_SERVED = "vLLM, with the plugin that `tpgptq-convert` brings, doesn't serve {what}: {problems}."
@@ -248,7 +252,9 @@ def _vllm(outputs: Iterable[tuple[str, str | None, Mapping[str, Any], Mapping[st
             refused.setdefault(problems, []).append(name)
         elif not served:
             here = "" if where else HERE
-            served = [SERVED.format(where=where or ".", tp=tp, here=here)]
+            rows = min(module["group_size"] for module in manifest["modules"].values())
+            small = SMALL.format(rows=rows) if rows < GPU_GROUP else ""
+            served = [SERVED.format(where=where or ".", tp=tp, here=here, small=small)]
     told = (
         NOT_SERVED.format(what=", ".join(names), problems=problems)
         for problems, names in refused.items()

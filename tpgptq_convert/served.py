@@ -12,6 +12,7 @@ BITS = 4
 HEADS = ("lm_head",)
 SIZE_FROM_NUMBER = ("qwen2",)  # where vLLM passes over head_dim in config.json
 VOCABULARY = 64  # vLLM pads the vocabulary to a multiple
+GPU_GROUP = 32  # rows of a group: kernels for GPUs take no less
 SHOWN = 4  # modules that are named one by one
 
 
