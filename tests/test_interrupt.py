@@ -108,8 +108,8 @@ def test_what_was_killed_is_resumed(
     assert tree(out) == whole
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert tpgptq("convert", *OPTIONS, "--overwrite", model, out).exit_code == 0
-    # What is in flight when it is killed is lost.
-    assert resumed == len(names) if call == 1 else resumed < len(names)
+    # What is in flight when it is killed is lost: of the first half perhaps all.
+    assert {1: resumed == len(names), 30: resumed <= len(names), 60: resumed < len(names)}[call]
 
 
 def test_what_was_killed_is_replaced(

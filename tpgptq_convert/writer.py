@@ -264,7 +264,9 @@ def json_text(value: Any) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    path.write_text(json_text(value), encoding="utf-8")
+    """Make a new file, where there is none."""
+    with path.open("x", encoding="utf-8") as file:
+        file.write(json_text(value))
 
 
 def record_verified(out: Path) -> dict[str, Any]:
@@ -273,8 +275,7 @@ def record_verified(out: Path) -> dict[str, Any]:
     new = out / f".{MANIFEST}"
     new.unlink(missing_ok=True)  # a link would be followed
     try:
-        with new.open("x", encoding="utf-8") as file:
-            file.write(json_text(manifest))
+        write_json(new, manifest)
         new.replace(out / MANIFEST)
     finally:
         new.unlink(missing_ok=True)  # it was not to be: the disk is full
