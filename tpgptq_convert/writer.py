@@ -264,7 +264,8 @@ def json_text(value: Any) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Make a new file, where there is none."""
+    """Make a new file; an earlier one, or a link, which must not be followed, gives way."""
+    path.unlink(missing_ok=True)
     with path.open("x", encoding="utf-8") as file:
         file.write(json_text(value))
 
@@ -273,7 +274,6 @@ def record_verified(out: Path) -> dict[str, Any]:
     """State in OUT's manifest that OUT was proven against its source; returns the manifest."""
     manifest = read_manifest(out) | {"verified": True}
     new = out / f".{MANIFEST}"
-    new.unlink(missing_ok=True)  # a link would be followed
     try:
         write_json(new, manifest)
         new.replace(out / MANIFEST)
