@@ -8,6 +8,8 @@ Every way makes new files out of one checkpoint, as a whole process that ends wi
                      written, a thread each: what the manifest asks for, and nothing else
     reload           every safetensors file loaded and saved by the safetensors library
     convert          tpgptq convert --no-verify
+    copy and hash, tp N
+                     the same for the files that convert wrote, which are larger than the source's
     with verify      tpgptq convert
     verify           tpgptq verify
     N processes      tpgptq convert --no-verify, by torchrun; each on a GPU of its own
@@ -78,19 +80,21 @@ class Run(NamedTuple):
 
 
 def commands(
-    model: Path, out: Path, tps: Sequence[int], device: str, processes: int
+    model: Path, out: Path, copied: Path, tps: Sequence[int], device: str, processes: int
 ) -> dict[str, list[str]]:
-    """The command line of each way, in an order in which `verify` finds what it needs."""
+    """The command line of each way, in an order in which those that read `out` find it."""
     this, paths = [sys.executable, __file__, "--child"], [str(model), str(out)]
     ways = {
         "cp": ["cp", "-r", *paths],
         "copy": [*this, "copy", *paths],
-        "copy and hash": [*this, "copy-hash", *paths],
+        "copy and hash": [*this, "copy", *paths, str(model), str(model)],
         "reload": [*this, "reload", *paths],
     }
     for tp in tps:
         convert = [*this, "tpgptq", "convert", "-q", "--device", device, "--tp", str(tp)]
         ways[f"tp {tp}: convert"] = [*convert, "--no-verify", *paths]
+        ceiling = ["copy", str(out), str(copied), str(model), str(out)]
+        ways[f"copy and hash, tp {tp}"] = [*this, *ceiling]
         ways[f"tp {tp}: verify"] = [*this, "tpgptq", "verify", "-q", "--device", device, *paths]
         ways[f"tp {tp}: with verify"] = [*convert, *paths]
         if processes > 1:
@@ -134,15 +138,17 @@ def measure_all(
     model: Path, args: argparse.Namespace, work: Path, results: dict[str, list[Run]]
 ) -> None:
     """Every way in turn, `runs` + 1 times; the first round is dropped. Fills `results`."""
-    out = work / "out"
+    out, copied = work / "out", work / "copied"
+    ways = commands(model, out, copied, args.tp, args.device, args.processes)
     for turn in range(args.runs + 1):
-        for way, command in commands(model, out, args.tp, args.device, args.processes).items():
+        for way, command in ways.items():
             if not re.search(args.ways, way):
                 continue
-            if "verify" not in way.split() or "with" in way.split():
+            if not way.startswith("copy and hash, tp") and not way.endswith(": verify"):
                 shutil.rmtree(out, ignore_errors=True)
                 os.sync()
             run = measure(command, work / "notes.json")
+            shutil.rmtree(copied, ignore_errors=True)
             label = f"round {turn}" if turn else "warm-up"
             print(f"{label}: {way} {run.seconds:.2f} s", file=sys.stderr, flush=True)
             if turn:
@@ -221,8 +227,7 @@ def child(way: str, arguments: Sequence[str]) -> None:
     Of several processes only the first takes notes: it ends last, since it waits for the others.
     """
     jobs: dict[str, Callable[[], object]] = {
-        "copy": lambda: copy(*map(Path, arguments), hashed=False),
-        "copy-hash": lambda: copy(*map(Path, arguments), hashed=True),
+        "copy": lambda: copy(*map(Path, arguments)),
         "reload": lambda: reload(*map(Path, arguments)),
         "tpgptq": lambda: tpgptq(arguments),
         "layers": lambda: layers(Path(arguments[0]), arguments[1], [int(a) for a in arguments[2:]]),
@@ -265,20 +270,25 @@ def tpgptq(arguments: Sequence[str]) -> None:
     cli(list(arguments), standalone_mode=False)
 
 
-def copy(model: Path, out: Path, *, hashed: bool) -> None:
-    """Copy every file in stretches, with as many threads as there are cores."""
+def copy(model: Path, out: Path, *hashed: Path) -> None:
+    """Copy every file in stretches, with as many threads as there are cores, and beside that take
+    the SHA-256 of every file of `hashed`."""
     out.mkdir()
     with ThreadPoolExecutor(CORES) as pool, ThreadPoolExecutor(CORES) as hashers:
         jobs = []
-        for path in sorted(p for p in model.iterdir() if p.is_file()):
+        for path in files_of(model):
             (out / path.name).touch()
             for begin in range(0, path.stat().st_size, STRETCH):
                 jobs.append(pool.submit(copy_stretch, path, out / path.name, begin))
-            if hashed:
-                # Of what is read, and as many bytes again for what is written.
-                jobs += [hashers.submit(digest, path) for _ in range(2)]
+        jobs += [
+            hashers.submit(digest, path) for directory in hashed for path in files_of(directory)
+        ]
         for job in jobs:
             job.result()
+
+
+def files_of(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.iterdir() if path.is_file())
 
 
 def copy_stretch(source: Path, target: Path, begin: int) -> None:

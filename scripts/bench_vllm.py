@@ -3,7 +3,9 @@
 Every form is loaded by an engine of its own; all stay loaded on the same devices and answer in
 turns, so that what the machine does to one it does to all. Tokens per second of greedy decoding for
 several batch sizes, from a prompt of 16 tokens, and prompt tokens per second of a prompt of 1,024;
-medians of the rounds. The forms are
+medians of the rounds. All engines load at the same time; the seconds are those that the slowest
+worker says it took for the model, and, from the start to the first request, the whole engine's. The
+forms are
 
     name=DIR            a checkpoint, loaded as it stands
     name=fp16:DIR       the model that DIR describes, not quantised, with random weights
@@ -117,10 +119,18 @@ class Engine:
         print(json.dumps(job), file=self.process.stdin, flush=True)
         self.seconds.setdefault(label, []).append(self.reply())
 
+    def logged(self, pattern: str) -> list[str]:
+        """What a pattern's one group matches in vLLM's log, each once, in order."""
+        return sorted(set(re.findall(pattern, self.log.read_text(errors="replace"))))
+
+    def loading(self) -> str:
+        """Seconds that the slowest worker took to read the model and prepare its kernels."""
+        seconds = self.logged(r"Model loading took .*?([\d.]+) seconds")
+        return str(round(max(map(float, seconds)), 1)) if seconds else "-"
+
     def kernels(self) -> str:
-        """The kernels that vLLM's log names for the linear layers."""
-        names = re.findall(r"Using (\w+)LinearKernel for", self.log.read_text(errors="replace"))
-        return ", ".join(sorted(set(names))) or "-"
+        """The kernels for the linear layers."""
+        return ", ".join(self.logged(r"Using (\w+)LinearKernel for")) or "-"
 
 
 def main() -> None:
@@ -164,7 +174,8 @@ def main() -> None:
                 ratios = [a / b for a, b in zip(first[label], engine.seconds[label], strict=True)]
                 cells.append(f" {tokens / seconds:,.0f} ({statistics.median(ratios):.3f}) |")
             print(f"| {label} |" + "".join(cells))
-        print("| seconds to load |" + "".join(f" {load} |" for load in loads))
+        print("| seconds, the model |" + "".join(f" {engine.loading()} |" for engine in engines))
+        print("| seconds, the engine |" + "".join(f" {load} |" for load in loads))
         print("| kernels |" + "".join(f" {engine.kernels()} |" for engine in engines))
         for engine in engines:
             engine.process.stdin.close()

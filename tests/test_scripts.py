@@ -58,13 +58,13 @@ def test_converting_is_measured_against_a_copy_also_by_two_processes(tmp_path: P
     make = [sys.executable, str(SCRIPTS / "make_synthetic.py"), str(model)]
     subprocess.run([*make, *SHAPE, "--vocab", "64"], check=True)
     bench = [sys.executable, str(SCRIPTS / "bench_convert.py"), "--model", str(model)]
-    bench += ["--runs", "1", "--processes", "2", "--ways", "copy$|processes", "--work"]
+    bench += ["--runs", "1", "--processes", "2", "--work", str(tmp_path)]
     done = subprocess.run(
-        [*bench, str(tmp_path)],
+        [*bench, "--ways", "copy$|convert|tp 2$|processes"],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         check=True,
         stdout=subprocess.PIPE,
         text=True,
     )
     rows = [line.split("|")[1].strip() for line in done.stdout.splitlines() if "|" in line]
-    assert rows[2:] == ["copy", "tp 2: 2 processes"]
+    assert rows[2:] == ["copy", "tp 2: convert", "copy and hash, tp 2", "tp 2: 2 processes"]
