@@ -486,10 +486,10 @@ if triton is not None:
             zero = next_zero
         return total
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["M", "splits"])
     def _product(
-        x, perm, packed, scales, zeros, bias, out, partial, counters,
-        M, N, K, columns, tiles, stride, splits,
+        M, splits, x, perm, packed, scales, zeros, bias, out, partial, counters,
+        N, K, columns, tiles, stride,
         HAS_PERM: tl.constexpr, HAS_BIAS: tl.constexpr, BITS: tl.constexpr, GS: tl.constexpr,
         SYM: tl.constexpr, EVEN: tl.constexpr, STORED: tl.constexpr, ROWS: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FOLD: tl.constexpr, STAGES: tl.constexpr,
@@ -566,9 +566,9 @@ if triton is not None:
             k = (t * S + j) * STORED + r
             tl.store(out + n.to(tl.int64)[:, None] * (tiles * S * STORED) + k[None, :], weights[j])
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["M"])
     def _gather(
-        x, perm, out, M, K, columns, stride,
+        M, x, perm, out, K, columns, stride,
         BLOCK_K: tl.constexpr, BLOCK: tl.constexpr, EARLY: tl.constexpr,
     ):  # fmt: skip
         """out[m, j] = x[m, perm[j]], 0 where perm[j] is -1; two rows of 16 bits at a time."""
@@ -653,9 +653,9 @@ if gluon is not None:
                 lines = lines + (lines[j - 1],)
         return lines
 
-    @gluon.jit
+    @gluon.jit(do_not_specialize=["M"])
     def _product_on_hopper(
-        tokens, words, scales, zeros, bias, out, partial, flags, M, N, columns, tiles,
+        M, tokens, words, scales, zeros, bias, out, partial, flags, N, columns, tiles,
         HAS_BIAS: gl.constexpr, GS: gl.constexpr, SYM: gl.constexpr, STORED: gl.constexpr,
         BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, RINGS: gl.constexpr, WARPS: gl.constexpr,
     ):  # fmt: skip
@@ -944,6 +944,12 @@ def kernels_run_on(device: torch.device | str) -> bool:
     return triton is not None and (torch.device(device).type == "cuda" or _interpreting())
 
 
+def fastest_on(device: torch.device | str) -> bool:
+    """Whether these kernels are the fastest known there: on Hopper GPUs, with all of them."""
+    device = torch.device(device)
+    return kernels_run_on(device) and _abilities(device).hopper
+
+
 class _Abilities(NamedTuple):
     """What a device, with this Triton, can do."""
 
@@ -1090,11 +1096,11 @@ def multiply(x: Tensor, layer: Arranged) -> Tensor:
         with torch.cuda.device(x.device):
             return multiply(x, layer)
     flat = x.reshape(-1, x.shape[-1])
-    if x.dtype not in (torch.float16, torch.bfloat16):
+    if x.dtype not in (torch.float16, torch.bfloat16) or not kernels_run_on(x.device):
         out = layer.reference(flat)
-    elif _runs_on_hopper(len(flat), layer):
+    elif _runs_on_hopper(flat.shape[0], layer):
         out = multiply_on_hopper(flat, layer)
-    elif len(flat) < _MANY:
+    elif flat.shape[0] < _MANY:
         out = multiply_packed(flat, layer)
     else:
         out = multiply_expanded(flat, layer)
@@ -1123,7 +1129,7 @@ def multiply_on_hopper(x: Tensor, layer: Arranged, block_m: int | None = None) -
         if block_m == 256 and -(-tokens // 256) * blocks_n < processors // 2:
             block_m = 128
     if layer.perm is not None:
-        x = _gathered(x, layer.perm)
+        x = gathered(x, layer.perm)
     elif x.stride(1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:  # for the copy engine
         x = x.clone(memory_format=torch.contiguous_format)
     blocks, stored = -(-tokens // block_m) * blocks_n, layer.stored
@@ -1131,17 +1137,18 @@ def multiply_on_hopper(x: Tensor, layer: Arranged, block_m: int | None = None) -
     each = 2 if block_m == 64 and blocks > processors else 1
     programs = min(blocks * tiles, processors * each)
     warps = 4 if min(block_m, block_n) == 64 else 8
-    layout = gl.NVMMASharedLayout(2 * stored, 16, 2)
-    _product_on_hopper[(programs,)](
-        TensorDescriptor.from_tensor(x, [block_m, stored], layout),
-        TensorDescriptor.from_tensor(layer.packed.view(-1, stored), [64, stored], layout),
+    _launch(
+        _product_on_hopper,
+        (programs, 1, 1),
+        (tokens,),
+        _described(x, block_m, stored),
+        _described(layer.packed.view(-1, stored), 64, stored),
         layer.scales,
         _or(layer.zeros, x),
         _or(layer.bias, x),
         out,
         x.new_empty(programs * block_m * block_n, dtype=torch.float32),
         layer.counters,
-        tokens,
         layer.columns,
         layer.out_features,
         tiles,
@@ -1158,6 +1165,23 @@ def multiply_on_hopper(x: Tensor, layer: Arranged, block_m: int | None = None) -
     return out
 
 
+def _described(tensor: Tensor, rows: int, stored: int) -> TensorDescriptor:
+    """What the copy engine must know of a tensor to fetch blocks (rows, stored) of it."""
+    found = object.__new__(TensorDescriptor)
+    sizes = {"base": tensor, "shape": list(tensor.shape), "strides": list(tensor.stride())}
+    found.__dict__ |= vars(_description(tensor.dtype, rows, stored)) | sizes
+    return found
+
+
+@functools.cache
+def _description(dtype: torch.dtype, rows: int, stored: int) -> TensorDescriptor:
+    """The same of any tensor, made once: what Triton checks takes longer than a launch."""
+    layout = gl.NVMMASharedLayout(2 * stored, 16, 2)
+    return TensorDescriptor.from_tensor(
+        torch.empty(rows, stored, dtype=dtype), [rows, stored], layout
+    )
+
+
 def multiply_packed(x: Tensor, layer: Arranged, launch: Launch | None = None) -> Tensor:
     """x (M, K) -> (M, out_features) by one kernel from the packed integers."""
     tokens, width = x.shape
@@ -1165,19 +1189,22 @@ def multiply_packed(x: Tensor, layer: Arranged, launch: Launch | None = None) ->
     if tokens == 0:
         return out
     able = _abilities(x.device)
-    launch = launch or _TUNED.get(_key(tokens, layer)) or default_launch(tokens, layer)
+    launch = launch or (_TUNED and _TUNED.get(_key(tokens, layer))) or default_launch(tokens, layer)
     if x.stride(1) != 1:
         x = x.contiguous()
     if launch.BLOCK_M > 1 and layer.perm is not None:
-        x, width = _gathered(x, layer.perm), layer.rows
+        x, width = gathered(x, layer.perm), layer.rows
     blocks = -(-tokens // launch.BLOCK_M), layer.columns // launch.BLOCK_N
-    if blocks[0] * blocks[1] > len(layer.counters):  # a launch that was tuned for fewer
+    if blocks[0] * blocks[1] > layer.counters.shape[0]:  # a launch that was tuned for fewer
         launch = launch._replace(splits=1)
     partial, counters = x, x
     if launch.splits > 1:
         size = blocks[0] * blocks[1] * launch.splits * launch.BLOCK_M * launch.BLOCK_N
         partial, counters = x.new_empty(size, dtype=torch.float32), layer.counters
-    _product[(*blocks, launch.splits)](
+    _launch(
+        _product,
+        (*blocks, launch.splits),
+        (tokens, launch.splits),
         x,
         layer.packed.view(torch.int32) if layer.perm is None else layer.perm,
         layer.packed,
@@ -1187,13 +1214,11 @@ def multiply_packed(x: Tensor, layer: Arranged, launch: Launch | None = None) ->
         out,
         partial,
         counters,
-        tokens,
         layer.columns,
         width,
         layer.out_features,
         layer.rows // (launch.ROWS * 16 // layer.bits),
         x.stride(0),
-        launch.splits,
         HAS_PERM=layer.perm is not None,
         HAS_BIAS=layer.bias is not None,
         BITS=layer.bits,
@@ -1220,7 +1245,7 @@ def multiply_expanded(x: Tensor, layer: Arranged) -> Tensor:
     x = (
         nn.functional.pad(x.detach(), (0, layer.rows - x.shape[1]))
         if layer.perm is None
-        else _gathered(x, layer.perm)
+        else gathered(x, layer.perm)
     )
     step = max(1, _SLAB // (layer.rows * 2 * 64)) * 64
     for at in range(0, layer.columns, step):
@@ -1235,7 +1260,10 @@ def _expanded(layer: Arranged, columns: slice, dtype: torch.dtype) -> Tensor:
     """Weights (columns, K') in `dtype`; the slice's ends are multiples of 64."""
     packed = layer.packed[columns.start // 64 : columns.stop // 64]
     out = torch.empty(len(packed) * 64, layer.rows, dtype=dtype, device=packed.device)
-    _expand[packed.shape[1], len(packed)](
+    _launch(
+        _expand,
+        (packed.shape[1], packed.shape[0], 1),
+        (),
         packed,
         layer.scales[:, columns],
         _or(layer.zeros, layer.scales)[:, columns],
@@ -1251,31 +1279,75 @@ def _expanded(layer: Arranged, columns: slice, dtype: torch.dtype) -> Tensor:
     return out
 
 
+def _power_of_two(count: int) -> int:
+    """The least that isn't smaller; Triton's own takes as long as the rest of a launch."""
+    return 1 << (count - 1).bit_length()
+
+
+def _launch(
+    kernel: Any,
+    grid: tuple[int, int, int],
+    counts: tuple[int, ...],
+    *arguments: Any,
+    **stated: Any,
+) -> None:
+    """kernel[grid](*counts, *arguments, **stated), what is compiled looked up in less time than
+    Triton takes.
+
+    counts: integers that nothing is compiled for; arguments: tensors, which begin on 16 bytes but
+    for the first, blocks for the copy engine, and sizes; stated: all of the kernel's constants, in
+    its order, then options of the launch.
+    """
+    first, names = arguments[0], kernel.arg_names
+    key = (
+        id(kernel),  # its hash is that of its source, and slow
+        torch.cuda.current_device() if torch.cuda.is_initialized() else None,
+        isinstance(first, Tensor) and first.data_ptr() % 16,
+        *[a if type(a) is int else getattr(a, "dtype", None) for a in arguments],
+        *stated.values(),
+    )
+    values = (*counts, *arguments, *stated.values())
+    compiled = _COMPILED.get(key)
+    if compiled is not None:
+        compiled[grid](*values[: len(names)])
+        return
+    given = len(counts) + len(arguments)
+    assert [*names[:given], *stated][: len(names)] == names
+    compiled = kernel[grid](*values[:given], **stated)
+    if not _interpreting():
+        _COMPILED[key] = compiled
+
+
+_COMPILED: dict[Any, Any] = {}
+
+
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
     """What a kernel is handed where there is no tensor; it doesn't look."""
     return other if tensor is None else tensor
 
 
-def _gathered(x: Tensor, perm: Tensor) -> Tensor:
-    """x (M, K) -> (M, K'): x[:, perm], 0 where perm is -1."""
+def gathered(x: Tensor, perm: Tensor) -> Tensor:
+    """x (M, K) of 16 bits -> (M, K'): x[:, perm], 0 where perm is -1; by a kernel."""
     if x.stride(1) != 1:
         x = x.contiguous()
     early = _abilities(x.device).early
     tokens, width = x.shape
-    columns = len(perm)
+    columns = perm.shape[0]
     if width > _GATHER:
         return x[:, perm.clamp(min=0)].masked_fill(perm < 0, 0)
     out = x.new_empty(tokens, columns)
-    block = min(_GATHER, triton.next_power_of_2(columns))
-    _gather[-(-tokens // 2), -(-columns // block)](
+    block = min(_GATHER, _power_of_two(columns))
+    _launch(
+        _gather,
+        (-(-tokens // 2), -(-columns // block), 1),
+        (tokens,),
         x.view(torch.int16),
         perm,
         out.view(torch.int16),
-        tokens,
         width,
         columns,
         x.stride(0),
-        BLOCK_K=triton.next_power_of_2(width),
+        BLOCK_K=_power_of_two(width),
         BLOCK=block,
         EARLY=early,
         num_warps=16,
