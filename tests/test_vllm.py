@@ -31,6 +31,8 @@ README = (HERE.parent / "README.md").read_text()
 Run = Callable[..., Result]
 # vLLM's bfloat16 kernel for CPUs rounds activations to 8 bits unless it is told not to.
 NO_W4A8 = {"VLLM_CPU_INT4_W4A8": "0"}
+# The runtime module's kernels, or rather, on a CPU, their plain form.
+RUNTIME = {"additional_config": {"tpgptq_kernels": "runtime"}}
 
 
 class Jobs:
@@ -120,6 +122,8 @@ FEATURES: dict[str, dict[str, Any]] = {
     "qwen2": {"model_type": "qwen2"},
     "qwen3": {"model_type": "qwen3", "dtype": "bfloat16"},
 }
+ODD = SHAPE | {"hidden": 80, "group_size": 16}
+KERNELS: dict[str, dict[str, Any]] = {"vllm": {}, "runtime": RUNTIME}
 
 
 @pytest.fixture(scope="module")
@@ -133,14 +137,22 @@ def features(tmp_path_factory: pytest.TempPathFactory, tpgptq: Run) -> Jobs:
         if "dtype" in options:
             options["dtype"] = getattr(torch, options["dtype"])
         model = soften(make_checkpoint(directory / name, **options))
-        jobs.add(name, model, jobs.convert(model, 1))
+        for kernels, extra in KERNELS.items():
+            jobs.add(f"{name} {kernels}", model, jobs.convert(model, 1), engine=extra)
+    odd = soften(make_checkpoint(directory / "odd", **ODD))
+    jobs.add("odd", odd, jobs.convert(odd, 1), engine=RUNTIME)
     jobs.run()
     return jobs
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("name", FEATURES)
-def test_every_kind_of_checkpoint(features: Jobs, name: str) -> None:
-    assert_close(features.answers[name])
+def test_every_kind_of_checkpoint(features: Jobs, name: str, kernels: str) -> None:
+    assert_close(features.answers[f"{name} {kernels}"])
+
+
+def test_sizes_that_only_the_runtime_module_takes(features: Jobs) -> None:
+    assert_close(features.answers["odd"])  # that vLLM has no kernel for: ODD is refused below
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +169,11 @@ def served(tmp_path_factory: pytest.TempPathFactory, tpgptq: Run, tiny: Path) ->
     one = jobs.convert(tiny, 1)
     jobs.add("bfloat16", tiny, one, engine={"dtype": "bfloat16"}, env=NO_W4A8)
     jobs.add("compiled", tiny, one, engine={"enforce_eager": False})
+    jobs.add("runtime compiled", tiny, one, engine=RUNTIME | {"enforce_eager": False})
+    jobs.add("runtime merged 4 at 2", tiny, jobs.convert(tiny, 4, "merged"), 2, engine=RUNTIME)
+    small = jobs.directory / "small"
+    tpgptq("convert", "--tp", 2, "--row-group", 8, tiny, small)
+    jobs.add("runtime row groups of 8", tiny, small, 2, engine=RUNTIME)
     jobs.add("checksums", tiny, one, env={"TPGPTQ_CHECKSUMS": "1"})
     jobs.add("source", tiny, tiny)
     believed = shutil.copytree(tiny, directory / "believed")
@@ -172,6 +189,7 @@ def served(tmp_path_factory: pytest.TempPathFactory, tpgptq: Run, tiny: Path) ->
     [
         *(f"{layout} {tp} at {tp}" for layout in ("ranks", "merged") for tp in (2, 4)),
         *("merged 4 at 2", "merged 4 at 1", "ranks 4 at 2", "compiled", "checksums"),
+        *("runtime compiled", "runtime merged 4 at 2", "runtime row groups of 8"),
     ],
 )
 def test_the_output_answers_as_the_source_does(served: Jobs, name: str) -> None:
@@ -277,8 +295,10 @@ def misused(tmp_path_factory: pytest.TempPathFactory, tpgptq: Run, tiny: Path) -
     for name in (*names, "sum-unasked"):
         jobs.add(name, tiny, directory / name)
     jobs.add("sum", tiny, directory / "sum", env={"TPGPTQ_CHECKSUMS": "1"})
-    odd = make_checkpoint(directory / "odd", **SHAPE | {"hidden": 80, "group_size": 16})
+    odd = make_checkpoint(directory / "odd", **ODD)
     jobs.add("kernel", odd, jobs.convert(odd, 1))
+    others = {"additional_config": {"tpgptq_kernels": "theirs"}}
+    jobs.add("kernels", odd, jobs.convert(odd, 1), engine=others)
     down, up = (f"model.layers.0.mlp.{name}_proj" for name in ("down", "up"))
     for name, modules in (("mixed", {down: {"bits": 8}, up: None}), ("head", {"lm_head": {}})):
         model = make_checkpoint(directory / f"{name}-source", **SHAPE, modules=modules)
@@ -314,6 +334,7 @@ def misused(tmp_path_factory: pytest.TempPathFactory, tpgptq: Run, tiny: Path) -
             "kernel",
             r"no kernel of this vLLM takes 80 x 256 weights without zero points in groups of 16",
         ),
+        ("kernels", r"tpgptq_kernels is 'theirs' in vLLM's additional.*must be 'runtime' or"),
         ("mixed", r"mlp.up_proj isn't quantised; must have weights of 4 bits"),
         ("mixed", r"mlp.down_proj has weights of 8 bits; must have weights of 4 bits"),
         ("head", r"lm_head is quantised; must not be"),

@@ -3,7 +3,8 @@
 vLLM finds `register` through the entry point group vllm.general_plugins and calls it in each of its
 processes. It adds the quantisation method "tpgptq" that the output's config.json names. Layers get
 parameters of the shard's own sizes; once loaded, each becomes one part (or several, where fused
-layers gather their input differently) on the kernel that vLLM chooses for it.
+layers gather their input differently) on the runtime module's kernels where those are the fastest
+known, elsewhere on the kernel that vLLM chooses for it.
 
 A merged output is read by vLLM's default loader, which slices it. Of an output in ranks that loader
 is shown the shared files alone, by model.safetensors.index.json; each worker reads its own rank's
@@ -14,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from functools import cache
 from itertools import accumulate
 from pathlib import Path
@@ -60,13 +61,23 @@ from tpgptq_convert.manifest import (
 from tpgptq_convert.packing import pack_cols, unpack_cols, zero_points
 from tpgptq_convert.served import BITS, refusals
 from tpgptq_convert.source import SafetensorsFile, read_json
-from tpgptq_convert.tpgptq_runtime import Checkpoint
+from tpgptq_convert.tpgptq_runtime import (
+    Arranged,
+    Checkpoint,
+    arrange,
+    fastest_on,
+    gathered,
+    kernels_run_on,
+    multiply,
+)
 from tpgptq_convert.writer import checksum
 
 logger = init_logger("vllm.tpgptq")
 
 METHOD = "tpgptq"
 CHECKSUMS = "TPGPTQ_CHECKSUMS"  # set to 1: files are compared with the manifest's checksums
+KERNELS = "tpgptq_kernels"  # in vLLM's --additional-config, and so in the hash of what it compiles
+RUNTIME, VLLM = "runtime", "vllm"  # what it may say: whose kernels are to run
 KERNEL_GROUPS = (128, 64, 32)  # what vLLM's kernels take, but for one group per column
 PACK = 32 // BITS  # values in an int32
 
@@ -76,6 +87,60 @@ def register() -> None:
     if current_platform.is_cpu() and torch.cpu._is_amx_tile_supported():
         # vLLM's bfloat16 kernel uses AMX tiles, for which nothing in vLLM asks the system.
         torch.cpu._init_amx()
+
+
+_OPERATORS = torch.library.Library(METHOD, "DEF")
+
+
+def _operator(
+    schema: str, columns: Callable[..., int]
+) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Makes a function torch.ops.tpgptq.NAME: x (..., K) and more -> (..., columns of the rest).
+
+    What is an operator nothing is compiled into: inductor would compute a norm anew for every
+    element that is gathered from it, all of a token's in one block.
+    """
+
+    def fake(x: Tensor, *rest: Any) -> Tensor:
+        return x.new_empty(*x.shape[:-1], columns(*rest))
+
+    def make(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        name = function.__name__
+        _OPERATORS.define(f"{name}{schema}")
+        _OPERATORS.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"{METHOD}::{name}", fake, lib=_OPERATORS)
+        return function
+
+    return make
+
+
+@_operator("(Tensor x, Tensor perm) -> Tensor", len)
+def gather(x: Tensor, perm: Tensor) -> Tensor:
+    """x (..., K) -> (..., K'): x[..., perm]."""
+    if not kernels_run_on(x.device):
+        return x.index_select(-1, perm)
+    return gathered(x.reshape(-1, x.shape[-1]), perm).view(*x.shape[:-1], len(perm))
+
+
+@_operator(
+    "(Tensor x, Tensor packed, Tensor scales, Tensor? zeros, Tensor? perm, Tensor counters, "
+    "int bits, int group_size, int out_features) -> Tensor",
+    lambda *layer: layer[-1],
+)
+def product(
+    x: Tensor,
+    packed: Tensor,
+    scales: Tensor,
+    zeros: Tensor | None,
+    perm: Tensor | None,
+    counters: Tensor,
+    bits: int,
+    group_size: int,
+    out_features: int,
+) -> Tensor:
+    """x (..., K) -> (..., out_features) by an Arranged of these fields, without a bias."""
+    tables = (packed, scales, zeros, perm, None, counters)
+    return multiply(x, Arranged(*tables, bits, group_size, out_features))
 
 
 def layer_config(**stated: Any) -> MPLinearLayerConfig:
@@ -311,7 +376,9 @@ class TpgptqLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self.rows = first["in_features"] * (len(self.shards) if self.row else 1)
         self._check_sizes("row" if isinstance(layer, RowParallelLinear) else "column")
         k, n, groups = self.rows, sum(self.widths), self.rows // first["group_size"]
-        self._choose_kernel(n)  # fail before anything is read
+        self.own = self._own_kernels(torch.empty(0).device)
+        if not self.own:
+            self._choose_kernel(n)  # fail before anything is read
 
         loader = extra["weight_loader"]
         layer.qweight = _packed(torch.empty(k // PACK, n, dtype=torch.int32), 0, loader)
@@ -353,6 +420,21 @@ class TpgptqLinearMethod(LinearMethodBase):  # type: ignore[misc]
             )
         if problems:
             raise OutputError(*problems, hint=f"is {self.output.model} damaged? Convert again")
+
+    def _own_kernels(self, device: torch.device) -> bool:
+        """Whether the runtime module's kernels are to run; raises UnsupportedError."""
+        more = get_current_vllm_config().additional_config
+        default = RUNTIME if fastest_on(device) else VLLM
+        chosen = more.get(KERNELS, default) if isinstance(more, dict) else default
+        if chosen not in (RUNTIME, VLLM):
+            raise UnsupportedError(
+                f"{self.output.model}: {KERNELS} is {chosen!r} in vLLM's additional config; must "
+                f"be {RUNTIME!r} or {VLLM!r}",
+                hint=f"leave it out for the faster: {RUNTIME!r} on Hopper GPUs, {VLLM!r} elsewhere",
+            )
+        if chosen == RUNTIME:
+            logger.info_once("Using RuntimeLinearKernel for tpgptq")
+        return bool(chosen == RUNTIME)
 
     def _choose_kernel(self, n: int) -> tuple[type[MPLinearKernel], MPLinearLayerConfig]:
         """vLLM's kernel for n of the columns; raises OutputError if there is none."""
@@ -460,8 +542,18 @@ class TpgptqLinearMethod(LinearMethodBase):  # type: ignore[misc]
             hint=f"check it: tpgptq verify MODEL {self.output.model}",
         )
 
-    def _part(self, layer: Any, cols: slice, perm: Tensor | None) -> Part:
-        """Some columns of a layer, their parameters as vLLM's kernels want them."""
+    def _part(self, layer: Any, cols: slice, perm: Tensor | None) -> nn.Module:
+        """Some columns of a layer, their parameters as the kernels want them."""
+        bias = None if layer.bias is None else nn.Parameter(layer.bias.data[cols].clone(), False)
+        if self.own:
+            words = slice(cols.start // PACK, cols.stop // PACK)
+            tensors = {
+                "qweight": layer.qweight.data[:, cols],
+                "qzeros": layer.qzeros.data[:, words],
+                "scales": layer.scales.data[:, cols],
+            } | ({} if perm is None else {"perm": perm})
+            stated = self.output.manifest["checkpoint_format"]
+            return RuntimePart(arrange([tensors], BITS, stated), bias)
         kernel, config = self._choose_kernel(cols.stop - cols.start)
         loader = layer.qweight.weight_loader
         group_size = self.modules[0]["group_size"]
@@ -484,7 +576,7 @@ class TpgptqLinearMethod(LinearMethodBase):  # type: ignore[misc]
             qweight=_packed(layer.qweight.data[:, cols].contiguous(), 0, loader),
             qzeros=qzeros,
             scales=_scales(layer.scales.data[:, cols].repeat_interleave(repeats, 0), loader),
-            bias=None if layer.bias is None else nn.Parameter(layer.bias.data[cols].clone(), False),
+            bias=bias,
         )
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -510,10 +602,28 @@ class Part(nn.Module):
 
     def forward(self, x: Tensor, biased: bool) -> Tensor:
         if self.perm is not None:
-            x = x.index_select(-1, self.perm)
+            x = torch.ops.tpgptq.gather(x, self.perm)
         # The bias is this part's own: kernels reorder it.
         out: Tensor = self.kernel.apply_weights(self, x, self.bias if biased else None)
         return out
+
+
+class RuntimePart(nn.Module):
+    """The same on the runtime module's kernels, which gather for themselves."""
+
+    bias: Tensor | None
+
+    def __init__(self, layer: Arranged, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        for name in ("packed", "scales", "zeros", "perm", "counters"):
+            self.register_buffer(name, getattr(layer, name), persistent=False)
+        self.sizes = layer.bits, layer.group_size, layer.out_features
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor, biased: bool) -> Tensor:
+        tensors = (self.packed, self.scales, self.zeros, self.perm, self.counters)
+        out: Tensor = torch.ops.tpgptq.product(x, *tensors, *self.sizes)
+        return out + self.bias if biased and self.bias is not None else out
 
 
 def _same(a: Tensor | None, b: Tensor | None) -> bool:
