@@ -486,10 +486,10 @@ if triton is not None:
             zero = next_zero
         return total
 
-    @triton.jit(do_not_specialize=["M", "splits"])
+    @triton.jit(do_not_specialize=["M"])
     def _product(
-        M, splits, x, perm, packed, scales, zeros, bias, out, partial, counters,
-        N, K, columns, tiles, stride,
+        M, x, perm, packed, scales, zeros, bias, out, partial, counters,
+        N, K, columns, tiles, stride, splits,
         HAS_PERM: tl.constexpr, HAS_BIAS: tl.constexpr, BITS: tl.constexpr, GS: tl.constexpr,
         SYM: tl.constexpr, EVEN: tl.constexpr, STORED: tl.constexpr, ROWS: tl.constexpr,
         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FOLD: tl.constexpr, STAGES: tl.constexpr,
@@ -944,12 +944,6 @@ def kernels_run_on(device: torch.device | str) -> bool:
     return triton is not None and (torch.device(device).type == "cuda" or _interpreting())
 
 
-def fastest_on(device: torch.device | str) -> bool:
-    """Whether these kernels are the fastest known there: on Hopper GPUs, with all of them."""
-    device = torch.device(device)
-    return kernels_run_on(device) and _abilities(device).hopper
-
-
 class _Abilities(NamedTuple):
     """What a device, with this Triton, can do."""
 
@@ -1204,7 +1198,7 @@ def multiply_packed(x: Tensor, layer: Arranged, launch: Launch | None = None) ->
     _launch(
         _product,
         (*blocks, launch.splits),
-        (tokens, launch.splits),
+        (tokens,),
         x,
         layer.packed.view(torch.int32) if layer.perm is None else layer.perm,
         layer.packed,
@@ -1219,6 +1213,7 @@ def multiply_packed(x: Tensor, layer: Arranged, launch: Launch | None = None) ->
         layer.out_features,
         layer.rows // (launch.ROWS * 16 // layer.bits),
         x.stride(0),
+        launch.splits,
         HAS_PERM=layer.perm is not None,
         HAS_BIAS=layer.bias is not None,
         BITS=layer.bits,

@@ -3,8 +3,8 @@
 vLLM finds `register` through the entry point group vllm.general_plugins and calls it in each of its
 processes. It adds the quantisation method "tpgptq" that the output's config.json names. Layers get
 parameters of the shard's own sizes; once loaded, each becomes one part (or several, where fused
-layers gather their input differently) on the runtime module's kernels where those are the fastest
-known, elsewhere on the kernel that vLLM chooses for it.
+layers gather their input differently) on the kernel that vLLM chooses for it, or, where vLLM is
+told so, on the runtime module's.
 
 A merged output is read by vLLM's default loader, which slices it. Of an output in ranks that loader
 is shown the shared files alone, by model.safetensors.index.json; each worker reads its own rank's
@@ -65,7 +65,6 @@ from tpgptq_convert.tpgptq_runtime import (
     Arranged,
     Checkpoint,
     arrange,
-    fastest_on,
     gathered,
     kernels_run_on,
     multiply,
@@ -78,6 +77,7 @@ METHOD = "tpgptq"
 CHECKSUMS = "TPGPTQ_CHECKSUMS"  # set to 1: files are compared with the manifest's checksums
 KERNELS = "tpgptq_kernels"  # in vLLM's --additional-config, and so in the hash of what it compiles
 RUNTIME, VLLM = "runtime", "vllm"  # what it may say: whose kernels are to run
+MANY = 2048  # tokens, from which on a gather takes the device longer than its launch the host
 KERNEL_GROUPS = (128, 64, 32)  # what vLLM's kernels take, but for one group per column
 PACK = 32 // BITS  # values in an int32
 
@@ -116,8 +116,10 @@ def _operator(
 
 @_operator("(Tensor x, Tensor perm) -> Tensor", len)
 def gather(x: Tensor, perm: Tensor) -> Tensor:
-    """x (..., K) -> (..., K'): x[..., perm]."""
+    """x (..., K) -> (..., K'): x[..., perm]; by torch where the host is slower than the device."""
     if not kernels_run_on(x.device):
+        return x.index_select(-1, perm)
+    if x.numel() < MANY * x.shape[-1] and not torch.cuda.is_current_stream_capturing():
         return x.index_select(-1, perm)
     return gathered(x.reshape(-1, x.shape[-1]), perm).view(*x.shape[:-1], len(perm))
 
@@ -376,7 +378,7 @@ class TpgptqLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self.rows = first["in_features"] * (len(self.shards) if self.row else 1)
         self._check_sizes("row" if isinstance(layer, RowParallelLinear) else "column")
         k, n, groups = self.rows, sum(self.widths), self.rows // first["group_size"]
-        self.own = self._own_kernels(torch.empty(0).device)
+        self.own = self._own_kernels()
         if not self.own:
             self._choose_kernel(n)  # fail before anything is read
 
@@ -421,16 +423,15 @@ class TpgptqLinearMethod(LinearMethodBase):  # type: ignore[misc]
         if problems:
             raise OutputError(*problems, hint=f"is {self.output.model} damaged? Convert again")
 
-    def _own_kernels(self, device: torch.device) -> bool:
+    def _own_kernels(self) -> bool:
         """Whether the runtime module's kernels are to run; raises UnsupportedError."""
         more = get_current_vllm_config().additional_config
-        default = RUNTIME if fastest_on(device) else VLLM
-        chosen = more.get(KERNELS, default) if isinstance(more, dict) else default
+        chosen = more.get(KERNELS, VLLM) if isinstance(more, dict) else VLLM
         if chosen not in (RUNTIME, VLLM):
             raise UnsupportedError(
                 f"{self.output.model}: {KERNELS} is {chosen!r} in vLLM's additional config; must "
                 f"be {RUNTIME!r} or {VLLM!r}",
-                hint=f"leave it out for the faster: {RUNTIME!r} on Hopper GPUs, {VLLM!r} elsewhere",
+                hint=f'leave it out, or: --additional-config \'{{"{KERNELS}": "{RUNTIME}"}}\'',
             )
         if chosen == RUNTIME:
             logger.info_once("Using RuntimeLinearKernel for tpgptq")
