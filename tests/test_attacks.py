@@ -475,3 +475,51 @@ def test_index_vectors_that_are_holes(tpgptq: Run, tmp_path: Path) -> None:
     os.truncate(index, 8 + len(header) + nbytes)
     edit_manifest(out, lambda manifest: manifest["files"]["other"].pop(index.name))
     refused(tpgptq("verify", model, out), f"{Q0}: rank 0: {nbytes // 4} rows in tpgptq", code=3)
+
+
+def exchange_ranks(out: Path, one: int, other: int) -> None:
+    """Two ranks' files change places, and what the index says of them: every value stays right."""
+    paths = [out / f"model-rank-{rank}-part-0.safetensors" for rank in (one, other)]
+    files = [path.read_bytes() for path in paths]
+    for path, content in zip(paths, reversed(files), strict=True):
+        path.write_bytes(content)
+
+    def edit(vectors: Tensors) -> None:
+        for name, vector in vectors.items():
+            if len(vector) > 1:
+                vector[[one, other]] = vector[[other, one]]
+                vectors[name] = vector
+
+    edit_tensors(out / "tpgptq-index.safetensors", edit)
+
+
+def refresh_all(out: Path) -> None:
+    """The checksums, and what config.json calls the weights."""
+    from tpgptq_convert.manifest import weights_digest
+
+    refresh(out)
+    config = json.loads((out / "config.json").read_text())
+    manifest = json.loads((out / "tpgptq.json").read_text())
+    config["quantization_config"]["weights_sha256"] = weights_digest(manifest)
+    (out / "config.json").write_text(json.dumps(config))
+    refresh(out)
+
+
+def test_ranks_that_changed_places(tpgptq: Run, tmp_path: Path) -> None:
+    """Biases of positions are told by a head's number, and kv heads are shared by neighbours."""
+    shape = {"heads": 8, "kv_heads": 2, "head_dim": 8}
+    model = make_checkpoint(tmp_path / "m", **shape)
+    out = tmp_path / "out"
+    assert tpgptq("convert", "--tp", 4, model, out).exit_code == 0
+    exchange_ranks(out, 1, 2)
+    refresh_all(out)
+    told = "model.layers.0.self_attn.o_proj: rank 1: its query heads aren't those of its place"
+    refused(tpgptq("verify", model, out), told, code=3)
+
+
+def test_a_degree_that_would_cut_groups(tpgptq: Run, tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "m", intermediate=320)
+    out = converted(tpgptq, model, tmp_path / "out", "--layout", "gptq")
+    edit_manifest(out, lambda manifest: manifest.update(tp=4))
+    told = f"{DOWN}: in_features is 320; must be 4 times as many whole groups of 32"
+    refused(tpgptq("verify", model, out), told, code=3)

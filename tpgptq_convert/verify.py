@@ -212,7 +212,12 @@ def _check_manifest(
         if module["parallel"] != parallel:
             yield f"{layer.name}: parallel is {module['parallel']!r}; must be {parallel!r}"
         if layer.linear.reads.free:
-            mlps[layer.linear.reads.name] = module["in_features"] * (1 if folded else tp)
+            mlps[layer.linear.reads.name] = width = module["in_features"] * (1 if folded else tp)
+            if folded and width % (tp * module["group_size"]):
+                yield (
+                    f"{layer.name}: in_features is {width}; must be {tp} times as many whole "
+                    f"groups of {module['group_size']}"
+                )
         if (bits := bits_of(manifest, layer.name)) != layer.bits:
             yield f"{layer.name}: bits is {bits}; must be {layer.bits}"
     same = {
@@ -747,11 +752,12 @@ class _Block:
         return origins
 
     def _heads_apart(self, layer: Layer) -> Iterator[str]:
-        """Query heads must share the place of their kv head, and every kv head have one there.
+        """Every rank has the heads that readers take it to have, query heads with their kv heads.
 
-        Ranks to which a server gives the same kv head, by the manifest's number of them, have it.
+        Positions (ALiBi), and norms over all heads, are told by a head's number. Ranks to which a
+        server gives the same kv head, by the manifest's number of them, have it.
         """
-        group, tp = self.geometry.queries_per_kv, self.stored.tp
+        tp = self.stored.tp
         padded = min(self.stored.manifest["heads"]["padded_kv"], tp)
         first: dict[int, IntArray] = {}  # rank's kv heads, of those that share them
 
@@ -766,17 +772,27 @@ class _Block:
                 for axis in (Axis.QUERY, *_kv_axes(layer))
                 for origins in self._origins(axis, rank)
             )
-            heads = queries[:, 0] // queries.shape[1]
-            kv = (heads // group).reshape(len(kvs[0]), -1)  # of each place's query heads
-            places = kv.max(axis=1)
-            if not (
-                np.array_equal(queries, channels(heads, queries))
-                and ((kv == places[:, None]) | (kv == -1)).all()
-                and all(np.array_equal(of_part, channels(places, of_part)) for of_part in kvs)
-            ):
+            heads, places = self._heads_of(rank, len(queries), len(kvs[0]))
+            if not np.array_equal(queries, channels(heads, queries)):
+                yield f"rank {rank}: its query heads aren't those of its place, in their order"
+            elif any(not np.array_equal(kv, channels(places, kv)) for kv in kvs):
                 yield f"rank {rank}: its query heads don't stand with their kv heads"
             if not np.array_equal(first.setdefault(rank * padded // tp, places), places):
                 yield f"rank {rank}: its kv heads aren't its share of the {padded} in {MANIFEST}"
+
+    def _heads_of(self, rank: int, query: int, kv: int) -> tuple[IntArray, IntArray]:
+        """The source's query and kv heads of a rank that has so many; -1 for an empty one.
+
+        Where a kv head has more query heads than a place has room for, it stands in several.
+        """
+        group, each = self.geometry.queries_per_kv, query // kv
+        place = np.arange(rank * kv, (rank + 1) * kv)
+        head, part = np.divmod(place, -(-group // each))
+        head = np.where(head < self.geometry.kv_heads, head, -1)
+        within = part[:, None] * each + np.arange(each)
+        real = (head[:, None] >= 0) & (within < group)
+        queries = np.where(real, head[:, None] * group + within, -1)
+        return queries.reshape(-1).astype(np.int32), head.astype(np.int32)
 
     def _counts(self, layer: Layer) -> Iterator[str]:
         """Every source row and column is kept once; kv heads wherever a query head needs them."""
