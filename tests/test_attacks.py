@@ -523,3 +523,48 @@ def test_a_degree_that_would_cut_groups(tpgptq: Run, tmp_path: Path) -> None:
     edit_manifest(out, lambda manifest: manifest.update(tp=4))
     told = f"{DOWN}: in_features is 320; must be 4 times as many whole groups of 32"
     refused(tpgptq("verify", model, out), told, code=3)
+
+
+def beside(name: str, listed: bool) -> Callable[[Path], None]:
+    def add(out: Path) -> None:
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).write_text("{}")
+        if listed:
+            edit_manifest(out, lambda manifest: manifest["files"]["other"].update({name: {}}))
+
+    return add
+
+
+def another_runtime(out: Path) -> None:
+    (out / "tpgptq_runtime.py").write_text("print('evil')")
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        *(
+            (beside(name, listed), f"{name}: {'the manifest lists it' if listed else 'not in the'}")
+            for name in ("generation_config.json", "adapter_model.safetensors", "sub/x.bin")
+            for listed in (True, False)
+        ),
+        (another_runtime, "tpgptq_runtime.py: is not that of tpgptq-convert"),
+    ],
+)
+def test_files_that_the_source_does_not_have(
+    tpgptq: Run, tmp_path: Path, damage: Callable[[Path], None], told: str
+) -> None:
+    """Loaders take up adapters, generation configs and templates by their names."""
+    model = make_checkpoint(tmp_path / "m")
+    out = converted(tpgptq, model, tmp_path / "out")
+    damage(out)
+    refresh(out)
+    refused(tpgptq("verify", model, out), told, code=3)
+
+
+def test_files_that_may_lie_in_an_output(tpgptq: Run, tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "m")
+    out = converted(tpgptq, model, tmp_path / "out")
+    for name in (".gitattributes", ".cache/huggingface/x", "__pycache__/y.pyc", "README.md"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("edited")
+    assert tpgptq("verify", model, out).exit_code == 0

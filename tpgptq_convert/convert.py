@@ -5,7 +5,6 @@ from __future__ import annotations
 import filecmp
 import hashlib
 import heapq
-import importlib.metadata
 import json
 import shlex
 import shutil
@@ -32,6 +31,7 @@ from tpgptq_convert.manifest import (
     LAYOUTS,
     MANIFEST,
     RUNTIME,
+    TOOL,
     WEIGHTS_INDEX,
     format_version,
     intermediate_sizes,
@@ -54,8 +54,6 @@ from tpgptq_convert.writer import (
     record_verified,
     write_json,
 )
-
-TOOL = f"tpgptq-convert {importlib.metadata.version('tpgptq-convert')}"
 
 IN_FLIGHT = 1 << 30  # bytes that are read, repacked or written at a time
 MOST_LANES = 8  # of files of one rank that are written at a time

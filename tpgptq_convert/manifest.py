@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ FORMAT_VERSIONS = (1, 2)
 MANIFEST = "tpgptq.json"
 INDEX = "tpgptq-index.safetensors"
 RUNTIME = "tpgptq_runtime.py"
+TOOL = f"tpgptq-convert {importlib.metadata.version('tpgptq-convert')}"
 # The weights that loaders of plain checkpoints read: all, or in layout ranks the shared ones.
 WEIGHTS_INDEX = "model.safetensors.index.json"
 LAYOUTS = ("ranks", "merged", "gptq")

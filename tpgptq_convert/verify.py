@@ -37,6 +37,7 @@ from tpgptq_convert.manifest import (
     INDEX,
     MANIFEST,
     RUNTIME,
+    TOOL,
     WEIGHTS_INDEX,
     bits_of,
     format_version,
@@ -135,7 +136,7 @@ def _check(
                 mismatches += _check_manifest(checkpoint, out, manifest)
                 mismatches += _check_names(checkpoint, stored)
                 mismatches += _check_index(out, stored)
-                mismatches += _check_carried(checkpoint, out)
+                mismatches += _check_carried(checkpoint, out, manifest)
             if stored.tp <= checkpoint.most_ranks:
                 check = partial(_check_block, checkpoint, stored, place)
                 for block, found in zip(blocks, pool.map(check, blocks), strict=True):
@@ -183,9 +184,10 @@ def _check_files(
         return
     if not (out / INDEX).is_file() and INDEX not in listed:
         yield f"{INDEX}: missing; only the functional proof was made"
-    for path in sorted(out.glob("*.safetensors")):
-        if path.name not in listed:
-            yield f"{path.name}: not in the manifest"
+    for path in sorted(path.relative_to(out) for path in out.rglob("*")):
+        inside = any(part.startswith(".") or part == "__pycache__" for part in path.parts)
+        if not (inside or (out / path).is_dir() or str(path) in (*listed, MANIFEST, "README.md")):
+            yield f"{path}: not in the manifest"
 
 
 def _another_model(checkpoint: Checkpoint, manifest: Mapping[str, Any]) -> str | None:
@@ -325,9 +327,18 @@ def _check_index(out: Path, stored: _Stored) -> Iterator[str]:
             yield f"{path.name}: weight_map doesn't say where the tensors are"
 
 
-def _check_carried(checkpoint: Checkpoint, out: Path) -> Iterator[str]:
-    """Tokenizer, chat template, licence: the source's own."""
-    for path in checkpoint.source.carried_files():
+def _check_carried(checkpoint: Checkpoint, out: Path, manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Tokenizer, chat template, licence: the source's own, and no others; and the runtime ours."""
+    carried = checkpoint.source.carried_files()
+    beside = QUANT_FILES[0] if manifest["layout"] == "gptq" else RUNTIME
+    own = {beside, WEIGHTS_INDEX, INDEX, "config.json", *map(str, carried)}
+    for name in sorted(manifest["files"]["other"].keys() - own):
+        yield f"{name}: the manifest lists it; the source doesn't have it"
+    ours, theirs = Path(__file__).with_name(RUNTIME), out / RUNTIME
+    same = not theirs.is_file() or filecmp.cmp(ours, theirs, shallow=False)
+    if manifest["tool"] == TOOL and beside == RUNTIME and not same:
+        yield f"{RUNTIME}: is not that of {TOOL}, which the manifest says wrote it"
+    for path in carried:
         if not (out / path).is_file():
             yield f"{path}: missing; the source has it"
         elif not filecmp.cmp(out / path, checkpoint.source.directory / path, shallow=False):
