@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import py_compile
 import subprocess
 import sys
 from collections.abc import Callable
@@ -568,3 +569,32 @@ def test_files_that_may_lie_in_an_output(tpgptq: Run, tmp_path: Path) -> None:
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text("edited")
     assert tpgptq("verify", model, out).exit_code == 0
+
+
+def test_code_beside_the_weights_that_poses_as_a_module(tpgptq: Run, tmp_path: Path) -> None:
+    """An output's directory is where Python looks first when the runtime module is run there."""
+    model, out = make_checkpoint(tmp_path / "m"), tmp_path / "out"
+    evil = f"open({str(tmp_path / 'ran')!r}, 'w')\n"
+    (tmp_path / "evil.py").write_text(evil)
+    posing = ["json.py", "__future__.py", "sitecustomize.py", "torch.py", "copy.so", "re.pyc"]
+    posing += ["transformers/__init__.py", "tpgptq_runtime/__init__.py"]
+    kept = ["modeling_own.py", "numpy.py", "torch/utils.py", "json.txt", "regex/__init__.py"]
+    for name in (*posing, *kept):
+        (model / name).parent.mkdir(exist_ok=True)
+        (model / name).write_text(evil)
+    py_compile.compile(
+        str(tmp_path / "evil.py"),
+        str(model / "__pycache__" / f"tpgptq_runtime.{sys.implementation.cache_tag}.pyc"),
+        invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,  # it is just believed
+    )
+    converted(tpgptq, model, out)
+    files = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert files & {*posing, *kept} == {*kept}
+    assert not any("__pycache__" in name for name in files)
+    environment = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
+    program = [sys.executable, str(out / "tpgptq_runtime.py"), "--help"]
+    subprocess.run(program, env=environment, capture_output=True, check=True)
+    (out / "numpy.py").unlink()  # which torch imports; a program passes over it, a path doesn't
+    program = [sys.executable, "-c", "import tpgptq_runtime"]
+    subprocess.run(program, env=environment | {"PYTHONPATH": str(out)}, check=True)
+    assert not (tmp_path / "ran").exists()

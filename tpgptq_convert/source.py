@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -62,6 +63,17 @@ REWRITTEN = (
     *("config.json", "README.md", "quantize_config.json", "quant_config.json"),
     "tpgptq_runtime.py",
 )
+# What Python imports by these names, where it looks into an output's directory, is not to come from
+# there: the standard library's, what it runs when it starts, and what the runtime module imports.
+MODULES = {
+    "sitecustomize",
+    "usercustomize",
+    "tpgptq_runtime",
+    "torch",
+    "transformers",
+    "triton",
+} | {*sys.stdlib_module_names}
+CODE = (".py", ".pyc", ".pyo", ".pyd", ".so")
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth")
 INDEX_SUFFIX = ".safetensors.index.json"
 MOST_CARRIED = 10_000  # files beside the weights
@@ -367,9 +379,9 @@ class Source:
     def carried_files(self) -> list[Path]:
         """Every file that an output takes along as it is, relative to the directory.
 
-        All but weights, hidden files, and those that are written anew. Raises SourceError where
-        there are too many, or where one is a link that leads out of the directory: what lies there
-        need not be meant for those who get the output.
+        All but weights, hidden files, those that are written anew, and code that Python would take
+        for something else. Raises SourceError where there are too many, or where one is a link that
+        leads out of the directory: what lies there need not be meant for those who get the output.
         """
         files = sorted(islice(self._other_files(), MOST_CARRIED + 1))
         if len(files) > MOST_CARRIED:
@@ -392,7 +404,7 @@ class Source:
         ]
         if astray:
             raise SourceError(*astray, hint="put a copy there, if it belongs to the checkpoint")
-        return [path for path in files if str(path) not in REWRITTEN]
+        return [path for path in files if str(path) not in REWRITTEN and not _posing(path)]
 
     def _other_files(self) -> Iterator[Path]:
         """The files that hold no weights and are not hidden, relative to the directory."""
@@ -400,7 +412,7 @@ class Source:
         while directories:
             for path in directories.pop().iterdir():
                 relative = path.relative_to(self.directory)
-                if path.name.startswith("."):
+                if path.name.startswith(".") or path.name == "__pycache__":
                     continue
                 if path.is_dir() and not path.is_symlink():
                     if len(relative.parts) > DEEPEST:
@@ -412,6 +424,14 @@ class Source:
                     directories.append(path)
                 elif path.is_file() and not path.name.endswith(WEIGHT_SUFFIXES):
                     yield relative
+
+
+def _posing(path: Path) -> bool:
+    """Whether Python would import this file, of a checkpoint, as one of the MODULES."""
+    module, *inside = path.parts
+    package = len(inside) == 1 and inside[0].startswith("__init__.")
+    name = module.partition(".")[0]
+    return name in MODULES and path.name.endswith(CODE) and (package or not inside)
 
 
 def read_json(path: Path) -> dict[str, Any]:
