@@ -93,6 +93,8 @@ def test_no_quantisation_config(tpgptq: Run, tmp_path: Path) -> None:
         ({"dynamic": {"(?!a)b": {}}}, "RE2's kind (invalid perl operator: (?!)"),
         ({"dynamic": {"a{99999}": {}}}, "RE2's kind (invalid repetition size: {99999})"),
         ({"dynamic": {"(" * 9999: {}}}, "RE2's kind (longer than 1000 characters)"),
+        ({"dynamic": {r"\pL{100}": {}}}, "RE2's kind (pattern too large - compile failed)"),
+        ({"dynamic": {str(i): {} for i in range(5001)}}, "dynamic has 5001 rules; must have at"),
         ({"dynamic": {"\ud800": {}}}, "RE2's kind ('utf-8' codec can't encode character"),
         ({"dynamic": {"+:.*o_proj": 8}}, "dynamic: '+:.*o_proj': is 8; must be an object"),
         ({"dynamic": {".*": {"bits": 5}}}, "dynamic: '.*': bits is 5; must be one of (2, 3, 4, 8)"),
@@ -263,6 +265,15 @@ def test_a_rule_that_the_tensors_do_not_follow(tpgptq: Run, tmp_path: Path) -> N
     assert len(lines) == 3  # qzeros too, and the hint
 
 
+def test_a_quantised_head_of_no_columns(tpgptq: Run, tmp_path: Path) -> None:
+    def empty(t: Tensors) -> None:
+        t.update({n: t[n][:, :0] for n in ("lm_head.qweight", "lm_head.qzeros", "lm_head.scales")})
+
+    model = make_checkpoint(tmp_path / "m", modules={"lm_head": {}})
+    edit_tensors(model / "model.safetensors", empty)
+    two_lines(refuse(tpgptq, model, tmp_path, "lm_head: out_features is 0; must be a positive"))
+
+
 def test_a_quantised_head_that_is_the_embeddings_as_well(tpgptq: Run, tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path / "m", tied=True, modules={"lm_head": {}})
     two_lines(refuse(tpgptq, model, tmp_path, "lm_head: is quantised; must not be"))
@@ -311,6 +322,15 @@ def test_hundreds_of_problems_are_cut_short(tpgptq: Run, tmp_path: Path) -> None
     lines = refuse(tpgptq, model, tmp_path)
     assert len(lines) == 22
     assert lines[20].startswith("... and ")
+
+
+def test_more_problems_than_anyone_reads(tpgptq: Run, tmp_path: Path) -> None:
+    """Each block that isn't there lacks 28 tensors; they are not all looked for."""
+    names = {f"t{i}": torch.zeros(0) for i in range(20_000)}
+    model = edited(tmp_path, lambda t: t.update(names), config={"num_hidden_layers": 20_000})
+    told = json.loads(tpgptq("inspect", "--json", model).stdout)
+    assert 10_000 <= len(told["problems"]) < 10_010
+    assert told["problems"][0].startswith("model.layers.2.self_attn.q_proj.qweight: missing")
 
 
 @pytest.mark.parametrize("size", [0, 4, 100, 5000])

@@ -280,3 +280,16 @@ def test_an_order_where_none_is_said_is_refused(tpgptq: Run, tmp_path: Path) -> 
     build(tmp_path / "model")
     edit_config(tmp_path / "model", weights(actorder="static"))
     refused(tpgptq, tmp_path, f"{Q0}.weight_g_idx: unknown; every tensor must belong")
+
+
+@pytest.mark.parametrize("sym", [True, False])
+def test_rules_of_gptqmodel_are_not_for_it(tpgptq: Run, tmp_path: Path, sym: bool) -> None:
+    """One that said another sym would make of zero points what they are not."""
+    model, out = tmp_path / "model", tmp_path / "out"
+    build(model, sym=sym)
+    rules = {"bits": 4, "group_size": 32, "dynamic": {".*q_proj": {"sym": not sym}}}
+    (model / "quantize_config.json").write_text(json.dumps(rules))
+    for command in (["inspect", model], ["convert", "--tp", 2, model, out]):
+        result = tpgptq(*command)
+        assert result.exit_code == 1
+        assert "states dynamic, and compressed-tensors for quant_method" in result.stderr

@@ -30,6 +30,7 @@ from tpgptq_convert.families import Axis, Family, Linear, family_of
 from tpgptq_convert.source import FLOATS, Allocate, Source, TensorSpec, pageable
 
 IntArray = NDArray[np.int32]
+MOST_PROBLEMS = 10_000
 STRIPE = 256  # rows that are transposed at a time
 
 
@@ -232,26 +233,26 @@ def read_checkpoint(model: Path, revision: str | None = None) -> Checkpoint:
         )
     source.read_ahead(("g_idx", ".weight_shape", ".bias"))
     reader = _LayerReader(source, quant, family, geometry, config)
-    blocks = [
-        [
-            reader.layer(linear, f"{family.block(block)}.{linear.name}")
-            for linear in family.linears_of(config, geometry, block)
-        ]
-        for block in range(geometry.blocks)
-    ]
+    blocks = []
+    for block in range(geometry.blocks):
+        linears = family.linears_of(config, geometry, block)
+        layers = ((linear, f"{family.block(block)}.{linear.name}") for linear in linears)
+        blocks.append([reader.layer(*layer) for layer in layers if reader.patient])
+    if not reader.patient:
+        raise CheckpointError(*reader.problems, hint=reader.hint)
     blocks += [[reader.head()]] if reader.has_head else []
     shared = reader.shared_tensors()
     if reader.problems:
         raise CheckpointError(*reader.problems, hint=reader.hint)
-    layers = tuple(tuple(layer for layer in block if layer) for block in blocks)
-    ordered = [layer.act_order for block in layers for layer in block]
+    known = tuple(tuple(layer for layer in block if layer) for block in blocks)
+    ordered = [layer.act_order for block in known for layer in block]
     return Checkpoint(
         source=source,
         config=config,
         quant=quant,
         family=family,
         geometry=geometry,
-        blocks=layers,
+        blocks=known,
         shared=shared,
         damage=_damage(quant, ordered),
         notes=_notes(quant, ordered, reader.zero_biases, reader.uneven),
@@ -330,6 +331,11 @@ class _LayerReader:
         self.problems: list[str] = []
         self.hint = "run `tpgptq inspect` on the checkpoint; fetch it again if files are damaged"
 
+    @property
+    def patient(self) -> bool:
+        """Whether it is worth looking on: a file of no use may lack a million tensors."""
+        return len(self.problems) < MOST_PROBLEMS
+
     def layer(self, linear: Linear, name: str) -> Layer | None:
         """One layer, or None where it has a fault."""
         faults = len(self.problems)
@@ -346,6 +352,8 @@ class _LayerReader:
         for axis, size in (("in_features", k), ("out_features", n if quant else pack)):
             if size % pack:
                 self.problems.append(f"{name}: {axis} is {size}; must be a multiple of {pack}")
+            elif not size:  # as only a head's may be, which the file states
+                self.problems.append(f"{name}: {axis} is 0; must be a positive number")
         floats = None
         for part, spec in layer_tensors(bits, k, n, groups, FLOATS[0]).items():
             own, shape = f"{name}.weight", spec.shape

@@ -37,6 +37,8 @@ OF_A_MODULE = ("bits", "group_size", "sym", "desc_act")  # what a rule may chang
 FORMATS = ("gptq", "gptq_v2")
 BITS = (2, 3, 4, 8)
 LONGEST_RULE = 1000  # characters of a pattern
+MOST_RULES = 5000
+LARGEST_RULE = 1 << 17  # bytes that RE2 may need for a pattern; some would take it 0.1 s and 2 MB
 
 
 def zero_offset(checkpoint_format: str) -> int:
@@ -160,6 +162,11 @@ def read_quant_config(directory: Path, config: dict[str, Any]) -> QuantConfig:
     for key in ("bits", "group_size"):
         if key not in merged:
             problems.append(f"{directory}: {' and '.join(found)} lack {key!r}; must say it")
+    if merged.get("quant_method") == COMPRESSED and "dynamic" in merged:
+        problems.append(
+            f"{directory}: states dynamic, and compressed-tensors for quant_method; must be one, "
+            "since those rules are GPTQModel's"
+        )
     if problems:
         raise CheckpointError(*problems, hint="correct the file that is wrong")
     return QuantConfig(
@@ -185,6 +192,7 @@ def _regex(pattern: str) -> Any:
         raise ValueError(f"longer than {LONGEST_RULE} characters")
     options = re2.Options()
     options.log_errors = False
+    options.max_mem = LARGEST_RULE
     try:
         return re2.compile(pattern.removeprefix("+:").removeprefix("-:"), options=options)
     except re2.error as error:
@@ -231,7 +239,13 @@ def _refuse_other_methods(
                 hint="convert the GPTQ checkpoint that it was made from (tpgptq.json names it)",
             )
         problems += [f"{where}: {problem}" for problem in _other_methods(found[file], values)]
-        for pattern, rule in values.get("dynamic", {}).items():
+        rules = values.get("dynamic", {})
+        if len(rules) > MOST_RULES:
+            problems.append(
+                f"{where}: dynamic has {len(rules)} rules; must have at most {MOST_RULES}"
+            )
+            continue
+        for pattern, rule in rules.items():
             problems += [
                 f"{where}: dynamic: {pattern!r:.80}: {problem}"
                 for problem in _wrong_rule(file, pattern, rule)
