@@ -82,6 +82,11 @@ def test_the_sources_data_is_kept(tpgptq: Run, model: Path) -> None:
         + b"".join(b"%c: &%c [*%c, *%c]\n" % (c, c, c - 1, c - 1) for c in range(98, 120))
         + b"tags: *w\n---\n",
         b"---\nself: 1\n---\n",
+        b"---\neval_results: x\nmodel_name: y\n---\n",
+        b"---\nx: " + b"[" * 330 + b"]" * 330 + b"\n---\n",  # can be read, but not written
+        b"---\nx: 0x" + b"f" * 5000 + b"\n---\n",
+        b"---\nlicense: mit\nx: [" + b"1, " * 200_000 + b"]\n---\n",
+        b"---" + b"\n" * 1_000_000,
     ],
 )
 def test_no_licence_is_said(tpgptq: Run, model: Path, readme: bytes | None) -> None:
@@ -108,6 +113,12 @@ def test_groups_that_kernels_for_gpus_dont_take(
     card = (out / "README.md").read_text()
     assert "vllm serve" in card
     assert ("less than 32 rows, and this output has some of 16" in card) == small
+
+
+def test_a_directory_of_any_name(tpgptq: Run, model: Path) -> None:
+    odd = model.with_name(os.fsdecode(b"\xff"))
+    model.rename(odd)
+    assert "Made from `\\udcff` by" in card_of(tpgptq, odd)[0].text
 
 
 def test_what_it_says(tpgptq: Run, model: Path) -> None:

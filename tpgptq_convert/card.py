@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 from huggingface_hub import ModelCardData
-from huggingface_hub.repocard import metadata_load
 
 from tpgptq_convert.manifest import weight_files
 from tpgptq_convert.served import GPU_GROUP, limits, refusals
 from tpgptq_convert.source import read_json
 
 HUB = "https://huggingface.co"
+METADATA = re.compile(
+    rb"(?:\xef\xbb\xbf)?\s*---(?:\r\n|\r|\n)(.*?)(?:\r\n|\r|\n)---[ \t]*(?:\r\n|\n|\Z)", re.DOTALL
+)
+LONGEST_METADATA = 100_000  # bytes; of a megabyte reading and writing takes a minute
+# What the library raises where it is given something else than it takes for granted.
+ODD_METADATA = (AttributeError, IndexError, KeyError, TypeError, ValueError)
 LICENSES = ("license", "licence", "copying")  # how the names of files that hold one begin
 
 CARD = """
@@ -210,10 +216,16 @@ def card_data(directory: Path) -> dict[str, Any]:
     """The metadata of the model card in a directory; empty if it has none that can be read."""
     card = directory / "README.md"
     try:
-        data = metadata_load(card) if card.is_file() else None
-        card_data = ModelCardData(**data or {}, ignore_metadata_errors=True)
-        return dict(card_data.to_dict())  # type: ignore[no-untyped-call]
-    except (OSError, TypeError, ValueError, RecursionError, yaml.YAMLError):
+        if not card.is_file():
+            return {}
+        with card.open("rb") as file:
+            block = METADATA.match(file.read(LONGEST_METADATA))
+        stated = yaml.safe_load(block[1].decode("utf-8")) if block else None
+        read = ModelCardData(**stated or {}, ignore_metadata_errors=True)
+        data: dict[str, Any] = read.to_dict()  # type: ignore[no-untyped-call]
+        ModelCardData(**data, ignore_metadata_errors=True).to_yaml()  # not all that can be read can
+        return data
+    except (*ODD_METADATA, OSError, RecursionError, yaml.YAMLError):
         return {}
 
 

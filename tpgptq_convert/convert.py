@@ -505,6 +505,7 @@ class _Output:
         (self.directory / "README.md").write_text(
             self._card(manifest),
             encoding="utf-8",
+            errors="backslashreplace",  # a directory may be called anything
         )
         write_json(self.directory / MANIFEST, manifest)
         return manifest
