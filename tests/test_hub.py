@@ -9,7 +9,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 
 import pytest
 from factories import make_checkpoint
@@ -190,6 +192,49 @@ def test_a_file_that_is_not_the_hubs(at: Run, hub: Hub, tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {"home"}
 
 
+class Stranger(BaseHTTPRequestHandler):
+    """No Hub: answers everything alike, as a proxy does that wants one to log in."""
+
+    answer = b""
+
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(self.answer)))
+        self.end_headers()
+        self.wfile.write(self.answer)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+ANSWERS = [b"", b"<html>", b"[]", b"null", b"{}", b'{"id": "o/n"}', b"[" * 100_000, b"\xff"]
+
+
+@pytest.mark.parametrize("answer", [*ANSWERS, b'{"id": "o/n", "siblings": [{}]}'])
+def test_answers_that_are_not_the_hubs(at: Run, out: Path, answer: bytes) -> None:
+    handler = type("Handler", (Stranger,), {"answer": answer})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
+        endpoint = f"http://127.0.0.1:{server.server_port}"
+        for command in (("inspect", "o/n"), ("push", out / "tp-2", "o/n")):
+            done = at(*command, HF_ENDPOINT=endpoint)
+            assert done.returncode == 1
+            error, hint = done.stderr.splitlines()
+            assert error.startswith(f"Error: o/n: {endpoint} answers what can't be understood")
+            assert hint.startswith("Hint: ")
+        server.shutdown()
+
+
+def test_a_file_on_the_hub_that_would_lie_elsewhere(
+    at: Run, hub: Hub, tiny: Path, tmp_path: Path
+) -> None:
+    hub.add_directory("org/odd", tiny)
+    hub.add("org/odd", {"sub/../../x": b""})
+    done = at("convert", "--tp", 2, "org/odd", tmp_path / "out")
+    assert done.returncode == 1
+    assert "org/odd: is refused (Invalid filename" in done.stderr
+
+
 @pytest.fixture
 def out(tiny: Path, tmp_path: Path) -> Path:
     """A verified output of several degrees."""
@@ -269,6 +314,10 @@ def test_what_is_not_pushed(at: Run, hub: Hub, out: Path, tiny: Path, tmp_path: 
         assert {name: dict(r.branches) for name, r in hub.repositories.items()} == before
 
     refused("has no tpgptq.json, nor a tp-N with one", tiny, "org/out")
+    card = (two / "README.md").rename(tmp_path / "secret")
+    (two / "README.md").symlink_to("../../secret")
+    refused("README.md: a link to ", two, "org/out", code=3)
+    card.rename(two / "README.md")
     refused("holds gptq_model-4bit-64g.safetensors, which is no part of", two, "org/tiny")
     refused("holds gptq_model-4bit-64g.safetensors, which is no part of", out, "org/tiny")
     refused("exists, and is public; must be private", "--private", two, "org/public")

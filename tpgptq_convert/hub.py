@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from glob import escape
+from json import JSONDecodeError
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,8 +42,14 @@ if TYPE_CHECKING:
 CONFIGS = ["config.json", *QUANT_FILES, "tpgptq.json", f"*{INDEX_SUFFIX}"]
 HEAD = 100_000  # bytes of a file that are fetched first; most headers are in them
 LONGEST_HEADER = 100_000_000  # safetensors takes no longer one
+LONGEST_FILE = 1 << 50
 # What the library's HTTP client raises, which hasn't always been the same one.
 HTTP_ERRORS: tuple[type[Exception], ...] = (*HfHubHTTPError.__bases__, OSError)
+# What the library raises where an answer is none of the Hub's, but of a proxy's, say.
+ODD_ANSWERS = (
+    *(AssertionError, AttributeError, IndexError, KeyError, OverflowError, RecursionError),
+    *(TypeError, JSONDecodeError, UnicodeError),
+)
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
 
 
@@ -60,8 +67,10 @@ class Repository:
             self.commit = self.directory.name
             self._files = HfFileSystem()
             for entry in self._listing():
-                file = entry["name"].rpartition("/")[2]
-                self._sizes[file] = entry["size"]
+                file, size = entry["name"].rpartition("/")[2], entry["size"]
+                if type(size) is not int or not 0 <= size < LONGEST_FILE:
+                    raise _not_understood(name, f"{file} has {size!r} bytes")
+                self._sizes[file] = size
                 if entry.get("lfs"):
                     self.sha256[file] = entry["lfs"]["sha256"]
 
@@ -206,6 +215,8 @@ def explained(name: str, revision: str | None = None) -> Iterator[None]:
         if isinstance(error, OSError) and error.errno and not isinstance(error, ConnectionError):
             raise  # it is of this machine, such as its disk
         raise _unreachable(name, error) from None
+    except ODD_ANSWERS as error:
+        raise _not_understood(name, f"{type(error).__name__}: {line(error):.200}") from None
     except ValueError as error:  # of the library's own checks: a path upwards, a card's metadata
         raise HubError(
             f"{name}: is refused ({line(error)})", hint="correct what it names, and run again"
@@ -217,6 +228,14 @@ def _unreachable(name: str, error: BaseException) -> HubError:
         f"{name}: no such directory, and the Hub at {constants.ENDPOINT} can't be reached "
         f"({line(error.__cause__ or error)}); must be one or the other",
         hint="check the name and the network; HF_HUB_OFFLINE=1 uses the cache alone",
+    )
+
+
+def _not_understood(name: str, what: str) -> HubError:
+    return HubError(
+        f"{name}: {constants.ENDPOINT} answers what can't be understood ({what}); must answer as "
+        "the Hub does",
+        hint="is there a proxy, or a page to log in at, between? HF_ENDPOINT names the Hub",
     )
 
 

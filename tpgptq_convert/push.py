@@ -25,7 +25,7 @@ from tpgptq_convert.errors import HubError, OutputError, VerificationError
 from tpgptq_convert.hub import LOG_IN, explained, line, quietly
 from tpgptq_convert.manifest import MANIFEST, listed_files, read_manifest
 from tpgptq_convert.progress import Progress, silent
-from tpgptq_convert.source import WEIGHT_SUFFIXES
+from tpgptq_convert.source import WEIGHT_SUFFIXES, target_outside
 from tpgptq_convert.threads import cores, threads
 from tpgptq_convert.writer import checksum
 
@@ -116,6 +116,8 @@ def _check_output(directory: Path, manifest: Mapping[str, Any], progress: Progre
     listed = listed_files(manifest)
     files = [name for name in (*listed, CARD) if not (directory / name).is_file()]
     problems = [f"{directory / name}: missing" for name in files]
+    if target := target_outside(directory, Path(CARD)):  # the one file of unknown content
+        problems.append(f"{directory / CARD}: a link to {target}; must lie in the output itself")
     total = sum(info.get("bytes", 0) for info in listed.values())
     with progress("Checking", total) as advance, threads(cores()) as pool:
         present = [name for name in listed if name not in files]

@@ -390,17 +390,11 @@ class Source:
                 "hold a model's alone",
                 hint="move what doesn't belong to the checkpoint elsewhere",
             )
-        real = self.directory.resolve()
-        homes = [real]
-        if real.parent.name == "snapshots":  # in the Hub's cache every file is a link
-            homes.append(real.parent.parent / "blobs")
-        links = {
-            path: here.resolve() for path in files if (here := self.directory / path).is_symlink()
-        }
+        links = {path: target_outside(self.directory, path) for path in files}
         astray = [
             f"{path}: a link to {target}; must lie in the checkpoint's directory"
             for path, target in links.items()
-            if not {*homes} & {*target.parents}
+            if target
         ]
         if astray:
             raise SourceError(*astray, hint="put a copy there, if it belongs to the checkpoint")
@@ -424,6 +418,17 @@ class Source:
                     directories.append(path)
                 elif path.is_file() and not path.name.endswith(WEIGHT_SUFFIXES):
                     yield relative
+
+
+def target_outside(directory: Path, path: Path) -> Path | None:
+    """Where a file in a directory really lies, if it is a link out of there."""
+    if not (directory / path).is_symlink():
+        return None
+    real, target = directory.resolve(), (directory / path).resolve()
+    homes = {real}
+    if real.parent.name == "snapshots":  # in the Hub's cache every file is a link
+        homes.add(real.parent.parent / "blobs")
+    return None if homes & {*target.parents} else target
 
 
 def _posing(path: Path) -> bool:
