@@ -175,6 +175,76 @@ def test_an_interrupted_run_leaves_nothing(tiny: Path, tmp_path: Path, how: sign
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_signal_while_something_is_executed_that_was_text(tiny: Path) -> None:
+    """As namedtuple and dataclass do, of which an import is full: Python would end by SIGINT."""
+    code = (
+        "import os, signal\n"
+        "from tpgptq_convert import checkpoint, cli\n"
+        "stop = 'os.kill(os.getpid(), signal.SIGTERM)\\nwhile True: pass'\n"
+        "checkpoint.read_checkpoint = lambda *_: exec(stop, globals())\n"
+        "cli.main()\n"
+    )
+    program = [sys.executable, "-c", code, "inspect", str(tiny)]
+    done = subprocess.run(program, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: stopped by SIGTERM before it was done\nHint: ")
+
+
+@pytest.mark.parametrize("command", ["verify", "convert"])
+def test_a_signal_while_torch_is_imported(tiny: Path, tmp_path: Path, command: str) -> None:
+    """It waits: torch's C++ would abort. Here a module that says whether it was disturbed."""
+    (tmp_path / "torch.py").write_text(
+        "import os, signal\n"
+        "try:\n"
+        "    os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    for _ in range(1000): pass\n"
+        "except BaseException:\n"
+        "    os.abort()\n"
+    )
+    out = tmp_path / "out"
+    if command == "verify":
+        convert = tpgptq_process("convert", "--no-verify", "--tp", "2", tiny, out)
+        subprocess.run(convert, capture_output=True, check=True)
+    done = subprocess.run(
+        tpgptq_process(command, *(("--tp", "2") if command == "convert" else ()), tiny, out),
+        env=os.environ
+        | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-2] == "Error: stopped by SIGTERM before it was done"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device of Linux")
+def test_output_that_nobody_can_write(tiny: Path) -> None:
+    for option in ((), ("--json",)):
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(
+                tpgptq_process("inspect", *option, tiny),
+                stdout=full,
+                stderr=subprocess.PIPE,
+                text=True,
+                check=False,
+            )
+        assert done.returncode == 1
+        assert done.stderr.startswith("Error: No space left on device\nHint: ")
+        assert "Traceback" not in done.stderr
+
+
+def test_half_of_torchruns_environment(tiny: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        tpgptq_process("convert", "--tp", "2", tiny, tmp_path / "out"),
+        env=os.environ | {"TORCHELASTIC_RUN_ID": "none"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("Error: this process could not join the others (")
+
+
 def test_python_m_and_version() -> None:
     done = subprocess.run(tpgptq_process("--version"), capture_output=True, text=True, check=True)
     assert done.stdout.startswith("python -m tpgptq_convert, version ")

@@ -10,10 +10,10 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import click
 
@@ -33,6 +33,14 @@ EPILOG = (
     "exists, disk full, interrupted); 2 wrong usage; 3 verification failed. Data goes to stdout, "
     "talk to stderr."
 )
+
+
+class Stopped(KeyboardInterrupt):
+    """By a signal, whose number it holds.
+
+    Not KeyboardInterrupt itself, which makes Python end as if by SIGINT where it passes a call of
+    exec, however it is dealt with then.
+    """
 
 
 class Command(click.Command):
@@ -59,7 +67,8 @@ class Command(click.Command):
             _complain(problems, hint)
             if ctx.params.get("as_json"):
                 told = [_printable(problem) for problem in problems]
-                _print_json(ok=False, exit_code=code, problems=told, hint=hint)
+                with suppress(OSError):  # it may be what failed
+                    _print_json(ok=False, exit_code=code, problems=told, hint=hint)
         ctx.exit(code)
 
 
@@ -108,7 +117,8 @@ def _device(name: str, local_rank: int = 0) -> str:
     """cpu, cuda or cuda:N; auto: the GPU where there is one, each process of torchrun its own."""
     if name == "cpu" or (name == "auto" and not _has_driver()):
         return "cpu"
-    import torch
+    with _undisturbed():
+        import torch
 
     count = torch.cuda.device_count()
     if name == "auto":
@@ -122,6 +132,22 @@ def _device(name: str, local_rank: int = 0) -> str:
             f"{name}: this machine has {count or 'no'} CUDA devices", param_hint="--device"
         )
     return f"cuda:{index}"
+
+
+_waiting: list[int] | None = None  # signals that came meanwhile
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Signals wait for the end: an exception in torch's C++, while it is imported, is an abort."""
+    global _waiting
+    _waiting = []
+    try:
+        yield
+    finally:
+        came, _waiting = _waiting, None
+        if came:
+            raise Stopped(came[0])
 
 
 def _has_driver() -> bool:
@@ -294,6 +320,10 @@ def convert(
     from tpgptq_convert import convert as conversion
     from tpgptq_convert.card import has_license
 
+    if check:
+        with _undisturbed():
+            import torch  # noqa: F401
+
     if repository:
         from tpgptq_convert.push import MAIN, check_target, push
 
@@ -404,7 +434,9 @@ def verify(
     """
     from tpgptq_convert.checkpoint import read_checkpoint
     from tpgptq_convert.manifest import read_manifest
-    from tpgptq_convert.verify import verify as prove
+
+    with _undisturbed():
+        from tpgptq_convert.verify import verify as prove
     from tpgptq_convert.writer import record_verified
 
     if not out.is_dir():
@@ -517,10 +549,12 @@ def _progress(quiet: bool) -> Progress:
 def main() -> None:
     """The entry point: SIGTERM and SIGHUP end a run as Ctrl-C does, leaving nothing behind."""
 
-    def interrupt(signum: int, frame: FrameType | None) -> NoReturn:
+    def interrupt(signum: int, frame: FrameType | None) -> None:
         for ending in ENDINGS:  # one is enough: nothing is to disturb what is cleared away now
             signal.signal(ending, signal.SIG_IGN)
-        raise KeyboardInterrupt(signum)
+        if _waiting is None:
+            raise Stopped(signum)
+        _waiting.append(signum)
 
     for ending in ENDINGS:
         if signal.getsignal(ending) is not signal.SIG_IGN:  # as by nohup

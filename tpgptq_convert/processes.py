@@ -71,7 +71,7 @@ class Processes:
 
 def is_first() -> bool:
     """Whether this process is the one that speaks, known before the others are joined."""
-    return STARTED_BY_TORCHRUN not in os.environ or os.environ["RANK"] == "0"
+    return STARTED_BY_TORCHRUN not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
