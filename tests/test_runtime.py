@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,9 +18,10 @@ import pytest
 import torch
 from click.testing import Result
 from compare_tokens import compare
-from factories import dequantise, make_checkpoint
+from factories import dequantise, edit_tensors, make_checkpoint
 
 from tpgptq_convert import tpgptq_runtime
+from tpgptq_convert.tpgptq_runtime import FormatError, load_model
 
 Run = Callable[..., Result]
 
@@ -176,3 +178,98 @@ def test_the_module_needs_torch_alone() -> None:
     assert "tpgptq_convert" not in source
     assert "import safetensors" not in source
     assert "import numpy" not in source
+
+
+def set_at(value: Any, *keys: str) -> Callable[[Path], None]:
+    """Another value in the manifest."""
+
+    def damage(out: Path) -> None:
+        manifest = json.loads((out / "tpgptq.json").read_text())
+        inner = manifest
+        for key in keys[:-1]:
+            inner = inner[key]
+        inner[keys[-1]] = value
+        (out / "tpgptq.json").write_text(json.dumps(manifest))
+
+    return damage
+
+
+def text(name: str, content: str) -> Callable[[Path], object]:
+    return lambda out: (out / name).write_text(content)
+
+
+def tensors(edit: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    """Others in the file of the only rank, or of all ranks."""
+
+    def damage(out: Path) -> None:
+        (path,) = (*out.glob("model-rank-*"), *out.glob("model-0*"))
+        edit_tensors(path, edit)
+
+    return damage
+
+
+Q0 = "model.layers.0.self_attn.q_proj"
+DAMAGES = [
+    *(text("tpgptq.json", content) for content in ("5", "null", "[1]", "[" * 9999, "{}")),
+    *(text("config.json", content) for content in ("5", "{", "{}", '{"model_type": []}')),
+    *(set_at(value, "tp") for value in (None, "1", 0, True, 1e9)),
+    *(set_at(value, "layout") for value in (None, "x", [])),
+    *(set_at(value, "modules") for value in (None, [1], {Q0: 5}, {Q0: {}})),
+    *(set_at(value, "files") for value in (None, [1], {})),
+    *(set_at(value, "bits") for value in (None, "4", [])),
+    *(set_at(value, "heads") for value in (None, {}, {"query": 1})),
+    *(set_at(value, "checkpoint_format") for value in (None, "x")),
+    *(set_at(value, "modules", Q0, "bits") for value in ("4", 4.0, 0, 3, 8, None)),
+    *(set_at(value, "modules", Q0, "perm") for value in (None, 1, False)),
+    *(set_at(value, "modules", Q0, "out_features") for value in (None, 0, -1, 3, 8, 10**9)),
+    *(set_at(value, "modules", Q0, "in_features") for value in (None, 32, 10**9)),
+    *(set_at(value, "modules", Q0, "group_size") for value in (None, 0, 16)),
+    tensors(lambda t: t.update({f"{Q0}.qweight": t[f"{Q0}.qweight"][:3].clone()})),
+    tensors(lambda t: t.update({f"{Q0}.scales": t[f"{Q0}.scales"][:0].clone()})),
+    tensors(lambda t: t.update({f"{Q0}.scales": torch.ones(())})),
+    tensors(lambda t: t.update({f"{Q0}.scales": t[f"{Q0}.scales"].int()})),
+    tensors(lambda t: t.update({f"{Q0}.perm": t[f"{Q0}.perm"][:3].clone()})),
+]
+
+
+FILES = {
+    "ranks": [
+        *(set_at(value, "files", "shared") for value in (5, ["x"], {"../x": {}}, {"": {}})),
+        *(set_at(value, "files", "ranks") for value in (5, [], [5], {})),
+    ],
+    "merged": [set_at(value, "files", "merged") for value in (5, {"../x": {}}, {"x" * 300: {}})],
+}
+
+
+@pytest.fixture(scope="module")
+def small(tpgptq: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """An output of one rank, in each layout."""
+    directory = tmp_path_factory.mktemp("runtime")
+    model = make_checkpoint(directory / "model", blocks=1)
+    for layout in FILES:
+        out = directory / layout
+        assert tpgptq("convert", "--tp", 1, "--layout", layout, model, out).exit_code == 0
+        load_model(out, dtype=torch.float32)
+    return {layout: directory / layout for layout in FILES}
+
+
+@pytest.mark.parametrize(
+    ("layout", "damage"), [(layout, x) for layout in FILES for x in (*DAMAGES, *FILES[layout])]
+)
+def test_damage_is_told_in_words(
+    small: dict[str, Path], tmp_path: Path, layout: str, damage: Callable[[Path], object]
+) -> None:
+    shutil.copytree(small[layout], tmp_path / "out")
+    damage(tmp_path / "out")
+    with pytest.raises(FormatError):
+        load_model(tmp_path / "out", dtype=torch.float32)
+
+
+def test_shared_tensors_that_are_not_the_models(small: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(small["ranks"], out)
+    edit_tensors(
+        out / "model-shared.safetensors", lambda t: t.update({"model.norm.weight": torch.ones(3)})
+    )
+    with pytest.raises(FormatError, match=r"model.norm.weight: is \[3\] .* must be \[64\]"):
+        load_model(out, dtype=torch.float32)

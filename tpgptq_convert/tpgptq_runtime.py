@@ -20,7 +20,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,6 +69,7 @@ __all__ = [
 ]
 
 FORMAT_VERSIONS = (1, 2)
+BITS = (2, 3, 4, 8)
 KERNEL_BITS = (2, 4, 8)
 DTYPES = {
     **{"BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8},
@@ -101,6 +102,59 @@ def _map_file(path: Path) -> dict[str, Tensor]:
         raise FormatError(f"{path}: not a whole safetensors file ({error})") from None
 
 
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: not a JSON object ({error})") from None
+    if not isinstance(value, dict):
+        raise FormatError(f"{path}: not a JSON object")
+    return value
+
+
+def _malformed(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """What keeps this module from using a manifest; `rank` compares its sizes with the tensors."""
+
+    def number(value: Any) -> bool:
+        return type(value) is int and value > 0
+
+    tp, layout, files = manifest.get("tp"), manifest.get("layout"), manifest.get("files")
+    if not number(tp):
+        yield f"tp is {tp!r}"
+    if layout not in ("ranks", "merged"):
+        yield f"layout is {layout!r}"
+    lists = files if isinstance(files, dict) else {}
+    ranks: Any = lists.get("ranks") if layout == "ranks" else []
+    if not isinstance(ranks, list) or (layout == "ranks" and len(ranks) != tp):
+        yield f"files.ranks must be a list of {tp}"
+    for names in (lists.get("shared" if layout == "ranks" else "merged"), *ranks):
+        if not isinstance(names, dict) or any(
+            not name or Path(name).is_absolute() or ".." in Path(name).parts for name in names
+        ):
+            yield "files must map names of files inside the output"
+    if manifest.get("checkpoint_format") not in ("gptq", "gptq_v2"):
+        yield f"checkpoint_format is {manifest.get('checkpoint_format')!r}"
+    if not number(manifest.get("bits")):
+        yield f"bits is {manifest.get('bits')!r}"
+    heads = manifest.get("heads")
+    kinds = ("query", "kv", "padded_query", "padded_kv")
+    if not isinstance(heads, dict) or not all(number(heads.get(kind)) for kind in kinds):
+        yield f"heads must state {', '.join(kinds)}"
+    modules = manifest.get("modules")
+    for name, module in modules.items() if isinstance(modules, dict) else [("modules", None)]:
+        stated = module if isinstance(module, dict) else {}
+        sizes = [stated.get(key) for key in ("in_features", "out_features", "group_size")]
+        bits = stated.get("bits", manifest["bits"])
+        if not all(map(number, sizes)):
+            yield f"{name} must state in_features, out_features and group_size"
+        elif (
+            stated.get("parallel") not in ("column", "row") or type(stated.get("perm")) is not bool
+        ):
+            yield f"{name} must state parallel and perm"
+        elif bits is not None and not (type(bits) is int and bits in BITS):
+            yield f"{name}: bits is {bits!r}"
+
+
 class Checkpoint:
     """An output directory: its manifest, and the tensors of one rank."""
 
@@ -109,21 +163,20 @@ class Checkpoint:
         path = self.directory / "tpgptq.json"
         if not path.is_file():
             raise FormatError(f"{path}: missing; must be the manifest of a converted checkpoint")
-        try:
-            self.manifest: dict[str, Any] = dict(json.loads(path.read_text(encoding="utf-8")))
-        except ValueError as error:
-            raise FormatError(f"{path}: not a JSON object ({error})") from None
+        self.manifest: dict[str, Any] = _json_object(path)
         version = self.manifest.get("format_version")
         if self.manifest.get("format") != "tpgptq" or version not in FORMAT_VERSIONS:
             raise FormatError(
                 f"{path}: format_version is {version}; this module reads "
                 f"{' and '.join(map(str, FORMAT_VERSIONS))}"
             )
-        if self.manifest["layout"] == "gptq":
+        if self.manifest.get("layout") == "gptq":
             raise FormatError(
                 f"{path}: layout is 'gptq', an ordinary GPTQ checkpoint; this module reads "
                 "'ranks' and 'merged'"
             )
+        for problem in _malformed(self.manifest):
+            raise FormatError(f"{path}: {problem}; the manifest is damaged, convert again")
         self.tp: int = self.manifest["tp"]
         self.modules: Mapping[str, Any] = self.manifest["modules"]
 
@@ -160,27 +213,57 @@ class Checkpoint:
             if self._is_shard(name):
                 shards[module][part] = tensor
         for name, parts in shards.items():
-            needed = {"weight"} if self.bits(name) is None else {"qweight", "qzeros", "scales"}
-            needed |= {"perm"} if self.modules[name]["perm"] else set()
-            if lacking := needed - parts.keys():
+            if lacking := self._shapes(name).keys() - parts.keys():
                 raise FormatError(f"{name}: rank {rank} lacks {', '.join(sorted(lacking))}")
-        if merged:
-            return {name: self._slice(name, parts, rank) for name, parts in shards.items()}
+            if merged:
+                shards[name] = self._slice(name, parts, rank)
+            self._check(name, shards[name], rank)
         return shards
+
+    def _shapes(self, name: str) -> dict[str, tuple[int, ...]]:
+        """Of the tensors that a rank must have of a module, by the last part of their names."""
+        module, bits = self.modules[name], self.bits(name)
+        k, n = module["in_features"], module["out_features"]
+        groups = k // module["group_size"]
+        shapes: dict[str, tuple[int, ...]] = {"perm": (k,)} if module["perm"] else {}
+        if bits is None:
+            return shapes | {"weight": (n, k)}
+        return shapes | {
+            "qweight": (k * bits // 32, n),
+            "qzeros": (groups, n * bits // 32),
+            "scales": (groups, n),
+        }
+
+    def _check(self, name: str, parts: Mapping[str, Tensor], rank: int) -> None:
+        """Raise FormatError where a rank's tensors aren't those that the manifest speaks of."""
+        shapes = self._shapes(name) | {"bias": (self.modules[name]["out_features"],)}
+        for part, tensor in parts.items():
+            floats = part in ("weight", "scales", "bias")
+            right = tensor.is_floating_point() if floats else tensor.dtype == torch.int32
+            if not right or tensor.shape != shapes.get(part):
+                raise FormatError(
+                    f"{name}: rank {rank}: {part} is {tensor.dtype} {list(tensor.shape)}; must be "
+                    f"{'floats' if floats else 'torch.int32'} {list(shapes.get(part, ()))}"
+                )
 
     def _slice(self, name: str, parts: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
         """One rank's slice of a merged module."""
         module = self.modules[name]
         column = module["parallel"] == "column"
-        columns = parts["weight"].shape[0] if "weight" in parts else parts["scales"].shape[1]
+        part, axis = ("weight", 0) if self.bits(name) is None else ("scales", -1)
+        whole = all(tensor.dim() for tensor in parts.values())
+        columns = parts[part].shape[axis] if whole else 0
         pieces = columns // module["out_features"] if column else self.tp
+        if not whole or not pieces or self.tp % pieces:  # kv heads may be in it once for several
+            raise FormatError(f"{name}: its tensors can't be cut for {self.tp} ranks")
         piece = rank * pieces // self.tp
 
         def cut(part: str, tensor: Tensor) -> Tensor:
             if column and part == "perm":
                 return tensor
             last = column != (part == "weight")  # (N, K), all others end with N
-            return tensor.chunk(pieces, -1 if last else 0)[piece]
+            chunks = tensor.chunk(pieces, -1 if last else 0)
+            return chunks[min(piece, len(chunks) - 1)]  # of fewer, none is of a right shape
 
         return {part: cut(part, tensor) for part, tensor in parts.items()}
 
@@ -188,7 +271,7 @@ class Checkpoint:
         tensors: dict[str, Tensor] = {}
         for name in names:
             path = self.directory / name
-            if not path.is_file():
+            if not os.path.isfile(path):  # noqa: PTH113  # a name can be too long for pathlib's
                 raise FormatError(f"{path}: missing; the manifest lists it")
             tensors |= _map_file(path)
         return tensors
@@ -1811,8 +1894,10 @@ def _source_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
     transformers 5 refuses numbers of heads that don't divide the hidden size, in some families.
     """
-    config: dict[str, Any] = json.loads((checkpoint.directory / "config.json").read_text("utf-8"))
-    del config["quantization_config"]
+    config = _json_object(checkpoint.directory / "config.json")
+    if not isinstance(config.get("model_type"), str):
+        raise FormatError(f"{checkpoint.directory / 'config.json'}: states no model_type")
+    config.pop("quantization_config", None)
     heads = checkpoint.manifest["heads"]
     keys = {"num_attention_heads": "query", "num_key_value_heads": "kv"}
     for key, kind in (keys | {"multi_query_group_num": "kv"}).items():
@@ -1848,6 +1933,13 @@ def _fill(
         renamed(name): tensor.to(device, torch.float32 if name.endswith(wide) else dtype)
         for name, tensor in tensors.items()
     }
+    own = dict(model.named_parameters()) | dict(model.named_buffers())
+    for name, tensor in state.items():
+        if name in own and own[name].shape != tensor.shape:
+            raise FormatError(
+                f"{name}: is {list(tensor.shape)} in the shared files; must be "
+                f"{list(own[name].shape)}, as config.json has it"
+            )
     missing = set(model.load_state_dict(state, strict=False, assign=True).missing_keys)
     model.tie_weights()  # type: ignore[operator]
     if lacking := [name for name, _ in model.named_parameters() if name in missing]:
