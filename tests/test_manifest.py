@@ -101,7 +101,7 @@ def test_a_file_that_holds_something_else(
     ("changes", "words"),
     [
         ({"sym": "yes"}, "sym is 'yes'; must be true or false"),
-        ({"model_type": None}, "model_type is None; must be a name"),
+        ({"model_type": None}, "model_type is None; must be text"),
         ({"heads": {"padded_query": 4, "padded_kv": 4}}, "heads must state query, kv, padded_"),
         ({"bits": 5}, "bits is 5; must be one of (2, 3, 4, 8)"),
         ({"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'; must be gptq or gptq_v2"),

@@ -111,8 +111,6 @@ def _malformed(manifest: Mapping[str, Any]) -> Iterator[str]:
             yield f"{name}: bits is {own!r}; must be one of {BITS}, or null"
         elif own and any(stated[x] % pack_factor(own) for x in ("in_features", "out_features")):
             yield f"{name}: in_features and out_features must be multiples of {pack_factor(own)}"
-    if type(manifest.get("model_type")) is not str:
-        yield f"model_type is {manifest.get('model_type')!r}; must be a name"
     for key in ("source", "heads", "intermediate"):
         if not isinstance(manifest.get(key), dict):
             yield f"{key} is {manifest.get(key)!r}; must be an object"
