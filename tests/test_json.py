@@ -67,6 +67,31 @@ def test_every_command(tpgptq: Run, tiny: Path, tmp_path: Path, layout: str) -> 
     assert again["notes"] == written["notes"] != []
 
 
+def test_a_plan_for_an_output_that_exists(tpgptq: Run, tiny: Path, tmp_path: Path) -> None:
+    out, mine = tmp_path / "out", tmp_path / "mine"
+    plan = ("convert", "--tp", 2, "--dry-run")
+
+    def notes(*arguments: object) -> list[str]:
+        found: list[str] = printed(tpgptq(*plan, "--json", *arguments), "report")["notes"]
+        told = [f"Note: {note}" for note in found]
+        assert tpgptq(*plan, *arguments).stdout.splitlines()[-len(told) :][: len(told)] == told
+        return found
+
+    before = notes(tiny, out)
+    assert tpgptq("convert", "--tp", 2, tiny, out).exit_code == 0
+    refused = f"{out}: exists; must be a new directory; it would be refused (use --overwrite to re"
+    *same, told = notes(tiny, out)
+    assert same == before
+    assert told == f"{refused}place it)"
+    assert notes("--skip-if-current", tiny, out)[-1] == f"{told}, if it isn't current"
+    assert notes("--overwrite", tiny, out)[-1] == f"{out}: exists; it would be replaced"
+    mine.mkdir()
+    (mine / "thesis").write_text("mine")
+    told = notes("--overwrite", tiny, mine)[-1]
+    assert told.startswith(f"{mine}: exists, and {mine / 'thesis'} is no part of an output of this")
+    assert (mine / "thesis").read_text() == "mine"
+
+
 def test_failures(tpgptq: Run, tmp_path: Path) -> None:
     model, out = make_checkpoint(tmp_path / "m"), tmp_path / "out"
     for command in (("inspect", "--tp", 99, model), ("convert", "--tp", 99, model, out)):

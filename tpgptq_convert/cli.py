@@ -306,7 +306,11 @@ def convert(
     as_json = as_json and processes.first
     quiet = quiet or as_json or not processes.first
     if dry_run:
+        from tpgptq_convert.staging import standing
+
         report = describe(checkpoint, plans)
+        if told := standing(out, overwrite):
+            report["notes"].append(f"{told}, if it isn't current" if skip_if_current else told)
         if as_json:
             _print_json(ok=True, **report)
         elif processes.first:

@@ -263,6 +263,17 @@ def check_free(out: Path, overwrite: bool, needed: int, source: Path) -> None:
         )
 
 
+def standing(out: Path, overwrite: bool) -> str | None:
+    """What a conversion would make of what stands in its place, in words; None if nothing does."""
+    if not (out.exists() or out.is_symlink()):
+        return None
+    try:
+        _check_replaceable(out, overwrite)
+    except OutputError as error:
+        return f"{error.problems[0]}; it would be refused ({error.hint})"
+    return f"{out}: exists; it would be replaced"
+
+
 def _check_replaceable(out: Path, overwrite: bool) -> None:
     """Refuse to replace anything but an earlier output, whole and with nothing added to it."""
     foreign = _foreign(out)
