@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -91,6 +92,12 @@ def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return names
 
 
+def weights_of(path: Path) -> int:
+    """Bytes of a file's tensors."""
+    header = int.from_bytes(path.read_bytes()[:8], "little")
+    return path.stat().st_size - 8 - header
+
+
 @pytest.mark.parametrize("call", [1, 30, 60])
 def test_what_was_killed_is_resumed(
     tpgptq: Run,
@@ -104,12 +111,24 @@ def test_what_was_killed_is_resumed(
     die(call, model, out)
     assert [path.name for path in tmp_path.iterdir()] == [".out.tpgptq"]
     names = written(monkeypatch)
-    assert tpgptq("convert", *OPTIONS, "--resume", model, out).exit_code == 0
+    result = tpgptq("convert", *OPTIONS, "--resume", model, out)
+    assert result.exit_code == 0
+    told = re.search(r"^Resumed: (.*) MB of (.*) MB are written already$", result.stderr, re.M)
+    assert told
+    assert float(told[2]) == round(sum(map(weights_of, out.glob("model-*.safetensors"))) / 1e6, 2)
+    assert (told[1] == "0.00") == (call == 1)
     resumed, names[:] = len(names), []
     assert tree(out) == whole
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert tpgptq("convert", *OPTIONS, "--overwrite", model, out).exit_code == 0
     assert resumed == len(names) if call == 1 else resumed < len(names)
+
+
+@pytest.mark.parametrize("silence", ["-q", "--json"])
+def test_resumed_in_silence(tpgptq: Run, model: Path, tmp_path: Path, silence: str) -> None:
+    die(30, model, tmp_path / "out")
+    result = tpgptq("convert", *OPTIONS, "--resume", silence, model, tmp_path / "out")
+    assert (result.exit_code, result.stderr) == (0, "")
 
 
 def test_what_was_killed_is_replaced(

@@ -344,7 +344,9 @@ def convert(
         manifests = processes.of_first(lambda: conversion.current(checkpoint, plans, out, options))
     skipped = manifests is not None
     if manifests is None:
-        manifests = conversion.convert(checkpoint, plans, out, options, _progress(quiet), processes)
+        manifests = conversion.convert(
+            checkpoint, plans, out, options, _progress(quiet), processes, _tell_resumed(quiet)
+        )
     seconds = time.monotonic() - started
     if not has_license(checkpoint.source.directory):
         notes.append(NO_LICENSE)
@@ -507,6 +509,14 @@ def push(
         _print_json(ok=True, out=str(out), pushed=pushed)
     elif not quiet:
         _tell_pushed(pushed)
+
+
+def _tell_resumed(quiet: bool) -> Callable[[int, int], None]:
+    def tell(kept: int, nbytes: int) -> None:
+        if not quiet:
+            click.echo(f"Resumed: {_size(kept)} of {_size(nbytes)} are written already", err=True)
+
+    return tell
 
 
 def _tell_pushed(pushed: list[dict[str, str]]) -> None:

@@ -61,6 +61,7 @@ MOST_LANES = 8  # of files of one rank that are written at a time
 Write = tuple[Parts, Mapping[str, Array]]  # tensors by their names
 Accept = Callable[[Parts, str], bool]
 Wanted = Mapping[int, Sequence[str]]  # the last parts of tensors' names, by sequence of files
+Resumed = Callable[[int, int], None]  # bytes of tensors that are written already, and of all
 
 
 @dataclass(frozen=True)
@@ -106,12 +107,13 @@ def convert(
     options: Options,
     progress: Progress = silent,
     processes: Processes = Processes(),  # noqa: B008  # it can't be changed
+    resumed: Resumed = lambda *_: None,
 ) -> list[dict[str, Any]]:
     """Write OUT, or OUT/tp-N for several degrees, and return the manifests.
 
     OUT appears whole, and verified unless that was declined, or not at all; with options.resume
-    what was written is kept for the next run. Several processes share the work out by files. Raises
-    a TpgptqError.
+    what was written is kept for the next run, and `resumed` is told how much an earlier one left.
+    Several processes share the work out by files. Raises a TpgptqError.
     """
     check_layout(checkpoint, options.layout, [plan.tp for plan in plans])
 
@@ -132,6 +134,9 @@ def convert(
     with ExitStack() as stack:
         sym, stage = processes.of_first(start)
         run = processes.agree(share)
+        kept = processes.gather(processes.agree(run.reuse))
+        if options.resume:
+            resumed(sum(kept), run.nbytes)
         found = processes.gather(processes.agree(lambda: run.write(progress)))
         files = {name: info for written, _ in found for name, info in written.items()}
         sources = {name: info for _, hashes in found for name, info in hashes.items()}
@@ -230,10 +235,19 @@ class _Run:
         sources = list(checkpoint.source.files.items())
         self._sources = dict(sources[processes.rank :: processes.size])
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors of all outputs."""
+        streams = ({*output.streams, output.shared} for output in self.outputs)
+        return sum(stream.total_size for of_output in streams for stream in of_output)
+
+    def reuse(self) -> int:
+        """Keep what an earlier run has written of this process's files; bytes of its tensors."""
+        with threads(cores()) as pool:
+            return sum(pool.map(self._reuse, self._mine))
+
     def write(self, progress: Progress) -> tuple[dict[str, Any], dict[str, Any]]:
         """Write this process's files; returns those, and its share of the source's, by name."""
-        with threads(cores()) as pool:
-            list(pool.map(self._reuse, self._mine))
         # Where every sequence has several files, some of each are written at a time, every one in a
         # lane of its own: the hash of a file is one thread's work.
         parts = (len(stream.parts) for output in self.outputs for stream in output.streams)
@@ -263,11 +277,12 @@ class _Run:
             finally:
                 stop.set()
 
-    def _reuse(self, part: Part) -> None:
-        """What an earlier run has written of a file."""
+    def _reuse(self, part: Part) -> int:
+        """The same of one file."""
         name = str(part.path.relative_to(self.stage.directory))
         if name in self.stage.written:
             part.reuse(self.stage.written[name])
+        return sum(part.specs[name].nbytes for name in part.kept)
 
     def _source_bytes(self) -> int:
         """Of everything that this process reads."""
