@@ -257,7 +257,15 @@ def test_several_degrees_are_branches(at: Run, hub: Hub, out: Path, tiny: Path) 
         assert len(repository.messages[branch]) == 2
         files = repository.files(branch)
         assert files.pop(".gitattributes")
-        assert files == {path.name: path.read_bytes() for path in (out / branch).iterdir()}
+        card = files.pop("README.md")
+        assert f"\nvllm serve org/out --revision {branch} --tensor-parallel".encode() in card
+        assert f"(first `hf download org/out --revision {branch} --local-dir .`)".encode() in card
+        assert b"`.` is this directory" not in card
+        assert files == {
+            path.name: path.read_bytes()
+            for path in (out / branch).iterdir()
+            if path.name != "README.md"
+        }
     main = repository.files("main")
     assert main.keys() == {".gitattributes", "README.md"}
     card = ModelCard(main["README.md"].decode())
@@ -266,7 +274,16 @@ def test_several_degrees_are_branches(at: Run, hub: Hub, out: Path, tiny: Path) 
 
     # The same again changes nothing; files of other names take the place of the old ones.
     before = dict(repository.branches)
-    assert at("push", out, "org/out").returncode == 0
+    unchanged = [
+        f"Already up to date: {hub.endpoint}/org/out/tree/{branch} (commit {before[branch][:8]})"
+        for branch in ("tp-2", "tp-4", "main")
+    ]
+    options = ("--tp", 2, "--tp", 4, "--max-shard-size", "400KB", "--skip-if-current")
+    current = at("convert", *options, "--push-to-hub", "org/out", tiny, out)
+    assert current.stderr.splitlines()[-4:] == [f"{out} is current: nothing to do", *unchanged]
+    again = at("push", out, "org/out")
+    assert again.returncode == 0
+    assert again.stderr.splitlines() == unchanged
     assert repository.branches == before
     shutil.rmtree(out)
     whole = at("convert", "--tp", 2, "--tp", 4, tiny, out, "--push-to-hub", "org/out")
@@ -282,6 +299,9 @@ def test_one_degree_goes_where_it_is_told(at: Run, hub: Hub, out: Path) -> None:
     (pushed,) = printed(done, "push")["pushed"]
     assert pushed["branch"] == "two"
     assert pushed["commit"] == hub.repositories["org/out"].branches["two"]
+    assert pushed["changed"] is True
+    again = at("push", "--json", "--revision", "two", out / "tp-2", "org/out")
+    assert printed(again, "push")["pushed"] == [pushed | {"changed": False}]
     assert hub.repositories["org/out"].files("main").keys() == {".gitattributes"}
     assert at("push", "--revision", "two", out, "org/out").returncode == 2
 

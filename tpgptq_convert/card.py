@@ -54,7 +54,7 @@ and the group size of attention's output layer.
 
 ## Transformers, and the runtime module
 
-`tpgptq_runtime.py` lies beside the weights and needs torch, and transformers for the model{fetch}:
+`tpgptq_runtime.py` lies beside the weights and {needs}:
 
 ```
 torchrun --nproc-per-node {tp} tpgptq_runtime.py --prompt "Once upon a time"
@@ -89,7 +89,7 @@ SERVED = """\
 In an environment that has `tpgptq-convert` as well, which brings the plugin{here}:
 
 ```
-vllm serve {where} --tensor-parallel-size {tp}
+{serve} {tp}
 ```
 
 Degrees that divide {tp} work too.{small}"""
@@ -99,6 +99,7 @@ vLLM's kernels take no groups of less than 32 rows, and this output has some of 
 one that was written with `--row-group 32`, if its source has groups as large."""
 
 HERE = " (`.` is this directory; or the repository's name, if it is on the Hub, and `--revision`)"
+NEEDS = "needs torch, and transformers for the model"
 NOT_SERVED = "vLLM, with the plugin that `tpgptq-convert` brings, doesn't serve {what}: {problems}."
 FOLDED = "They are for engines that read `g_idx`; vLLM 0.30 and later refuse them."
 
@@ -157,7 +158,6 @@ def model_card(
         ),
     )
     where = f"{repository} --revision {branch}" if repository and branch else repository
-    fetch = f" (first `hf download {where} --local-dir .`)" if where else ""
     text = (FOLDED_CARD if manifest["layout"] == "gptq" else CARD).format(
         title=_title(manifest),
         name=manifest["source"]["name"],
@@ -168,7 +168,7 @@ def model_card(
         command=command,
         files=table,
         vllm=_vllm([("it", where, manifest, config)]),
-        fetch=fetch,
+        needs=_needs(where) if where else NEEDS,
     )
     return _with_data(card_data(source), manifest, text)
 
@@ -210,6 +210,25 @@ def degrees_card(
         vllm=FOLDED if first["layout"] == "gptq" else vllm,
     )
     return _with_data(card_data(directories[branch]), first, text)
+
+
+def placed(card: bytes, where: str) -> bytes:
+    """A directory's card for a place on the Hub, which the commands in it then name.
+
+    What people made of it stays.
+    """
+    needs, there = f"{NEEDS}:", f"{_needs(where)}:"
+    for words, others in ((HERE, ""), (_serve("."), _serve(where)), (needs, there)):
+        card = card.replace(words.encode(), others.encode())
+    return card
+
+
+def _serve(where: str) -> str:
+    return f"vllm serve {where} --tensor-parallel-size"
+
+
+def _needs(where: str) -> str:
+    return f"{NEEDS} (first `hf download {where} --local-dir .`)"
 
 
 def card_data(directory: Path) -> dict[str, Any]:
@@ -266,7 +285,7 @@ def _vllm(outputs: Iterable[tuple[str, str | None, Mapping[str, Any], Mapping[st
             here = "" if where else HERE
             rows = min(module["group_size"] for module in manifest["modules"].values())
             small = SMALL.format(rows=rows) if rows < GPU_GROUP else ""
-            served = [SERVED.format(where=where or ".", tp=tp, here=here, small=small)]
+            served = [SERVED.format(serve=_serve(where or "."), tp=tp, here=here, small=small)]
     told = (
         NOT_SERVED.format(what=", ".join(names), problems=problems)
         for problems, names in refused.items()

@@ -352,7 +352,7 @@ def convert(
         notes.append(NO_LICENSE)
         if not (quiet or skipped):
             click.echo(f"Note: {NO_LICENSE}", err=True)
-    pushed: list[dict[str, str]] = []
+    pushed: list[dict[str, Any]] = []
     if repository:
         pushed = processes.of_first(
             lambda: push(out, repository, private=private, quiet=_silent(quiet))
@@ -380,6 +380,7 @@ def convert(
             f"({_size(nbytes / seconds)}/s)",
             err=True,
         )
+    if not quiet:
         _tell_pushed(pushed)
 
 
@@ -519,9 +520,10 @@ def _tell_resumed(quiet: bool) -> Callable[[int, int], None]:
     return tell
 
 
-def _tell_pushed(pushed: list[dict[str, str]]) -> None:
+def _tell_pushed(pushed: list[dict[str, Any]]) -> None:
     for branch in pushed:
-        click.echo(f"Pushed {branch['url']} (commit {branch['commit'][:8]})", err=True)
+        done = "Pushed" if branch["changed"] else "Already up to date:"
+        click.echo(f"{done} {branch['url']} (commit {branch['commit'][:8]})", err=True)
 
 
 def _silent(quiet: bool) -> bool:

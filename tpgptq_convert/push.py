@@ -6,6 +6,7 @@ main gets a card that lists them: servers load a branch (`--revision tp-2`), but
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -20,7 +21,7 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 
-from tpgptq_convert.card import degrees_card
+from tpgptq_convert.card import degrees_card, placed
 from tpgptq_convert.errors import HubError, OutputError, VerificationError
 from tpgptq_convert.hub import LOG_IN, explained, line, quietly
 from tpgptq_convert.manifest import MANIFEST, listed_files, read_manifest
@@ -40,8 +41,9 @@ def push(
     private: bool = False,
     progress: Progress = silent,
     quiet: bool = True,
-) -> list[dict[str, str]]:
-    """Push OUT, and return each branch's name, commit and address, in the order of the commits.
+) -> list[dict[str, Any]]:
+    """Push OUT, and return each branch's name, commit and address, and whether it was changed, in
+    the order of the commits.
 
     What is there already is not sent again, so an upload that was cut short goes on. Raises
     OutputError, VerificationError or HubError.
@@ -52,7 +54,8 @@ def push(
     for name, directory in branches.items():
         _check_output(directory, manifests[name], progress)
     targets: dict[str, Files] = {
-        name: {file: directory / file for file in (*listed_files(manifests[name]), MANIFEST, CARD)}
+        name: {file: directory / file for file in (*listed_files(manifests[name]), MANIFEST)}
+        | {CARD: placed((directory / CARD).read_bytes(), _where(repository, name))}
         for name, directory in branches.items()
     }
     if None not in directories:
@@ -153,7 +156,12 @@ def _standing(api: HfApi, repository: str, branch: str) -> tuple[str, set[str]]:
     return info.sha, earlier
 
 
-def _commit(api: HfApi, repository: str, branch: str, files: Files) -> dict[str, str]:
+def _where(repository: str, branch: str) -> str:
+    """How a command that loads a branch names it."""
+    return repository if branch == MAIN else f"{repository} --revision {branch}"
+
+
+def _commit(api: HfApi, repository: str, branch: str, files: Files) -> dict[str, Any]:
     """Make these files a branch's, in one commit, in the place of an earlier output's."""
     if branch != MAIN:
         api.create_branch(repository, branch=branch, exist_ok=True)
@@ -162,15 +170,29 @@ def _commit(api: HfApi, repository: str, branch: str, files: Files) -> dict[str,
         *(CommitOperationAdd(name, content) for name, content in files.items()),
         *(CommitOperationDelete(name) for name in sorted(earlier - files.keys())),
     ]
-    commit = api.create_commit(
-        repository,
-        operations,
-        commit_message=f"Written by tpgptq-convert: {branch}",
-        revision=branch,
-        parent_commit=head,
-    )
+    with _unlogged():
+        commit = api.create_commit(
+            repository,
+            operations,
+            commit_message=f"Written by tpgptq-convert: {branch}",
+            revision=branch,
+            parent_commit=head,
+        )
     address = f"{api.endpoint}/{repository}/tree/{branch}"
-    return {"branch": branch, "commit": commit.oid, "url": address}
+    changed = commit.oid != head
+    return {"branch": branch, "commit": commit.oid, "url": address, "changed": changed}
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """Without the library's own words on a commit that would change nothing."""
+    log = logging.getLogger(HfApi.__module__)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 @contextmanager
