@@ -131,29 +131,62 @@ def test_the_same_input_gives_the_same_object(tpgptq: Run, tiny: Path, tmp_path:
     assert first["manifests"] == second["manifests"]
 
 
-EDITS: dict[str, Callable[[Path, Path], object]] = {
-    "source weights": lambda model, _: edit_tensors(
-        model / "model.safetensors", lambda t: t["model.norm.weight"].add_(1)
+EDITS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
+    "source weights": (
+        lambda model, _: edit_tensors(
+            model / "model.safetensors", lambda t: t["model.norm.weight"].add_(1)
+        ),
+        "tpgptq.json: source: files: model.safetensors: sha256 is '",
     ),
-    "source config": lambda model, _: edit_text(model / "config.json", "1e-06", "1e-05"),
-    "carried file": lambda model, _: (model / "tokenizer.json").write_text("{}"),
-    "new carried file": lambda model, _: (model / "LICENSE").write_text("mine"),
-    "output weights": lambda _, out: edit_tensors(
-        out / "model-rank-1-part-0.safetensors",
-        lambda t: t["model.layers.0.mlp.down_proj.scales"].mul_(2),
+    "source config": (
+        lambda model, _: edit_text(model / "config.json", "1e-06", "1e-05"),
+        "config.json: rms_norm_eps is 1e-06, not 1e-05",
     ),
-    "output file gone": lambda _, out: (out / "model-shared.safetensors").unlink(),
-    "output runtime": lambda _, out: (out / "tpgptq_runtime.py").write_text("pass"),
-    "output index": lambda _, out: (out / "tpgptq-index.safetensors").write_bytes(b""),
-    "manifest": lambda _, out: edit_text(
-        out / "tpgptq.json", "tpgptq-convert ", "tpgptq-convert 9."
+    "carried file": (
+        lambda model, _: (model / "tokenizer.json").write_text("{}"),
+        "tokenizer.json differs from ",
+    ),
+    "new carried file": (
+        lambda model, _: (model / "LICENSE").write_text("mine"),
+        "LICENSE is missing",
+    ),
+    "output weights": (
+        lambda _, out: edit_tensors(
+            out / "model-rank-1-part-0.safetensors",
+            lambda t: t["model.layers.0.mlp.down_proj.scales"].mul_(2),
+        ),
+        "tpgptq.json: files: ranks: 1: model-rank-1-part-0.safetensors: bytes is ",
+    ),
+    "output file gone": (
+        lambda _, out: (out / "model-shared.safetensors").unlink(),
+        "model-shared.safetensors is missing",
+    ),
+    "output runtime": (
+        lambda _, out: (out / "tpgptq_runtime.py").write_text("pass"),
+        "tpgptq.json: files: other: tpgptq_runtime.py: bytes is ",
+    ),
+    "output index": (
+        lambda _, out: (out / "tpgptq-index.safetensors").write_bytes(b""),
+        "tpgptq.json: files: other: tpgptq-index.safetensors: bytes is ",
+    ),
+    "manifest": (
+        lambda _, out: edit_text(out / "tpgptq.json", "tpgptq-convert ", "tpgptq-convert 9."),
+        "tpgptq.json: tool is 'tpgptq-convert 9.",
+    ),
+    "manifest written otherwise": (
+        lambda _, out: edit_text(out / "tpgptq.json", '"tp": 2', '"tp":  2'),
+        "tpgptq.json is written in another way",
+    ),
+    "not verified": (
+        lambda _, out: edit_text(out / "tpgptq.json", '"verified": true', '"verified": false'),
+        "tpgptq.json: verified is False, not True",
     ),
 }
 
 
-@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS.keys())
+@pytest.mark.parametrize(("edit", "told"), EDITS.values(), ids=EDITS.keys())
 def test_what_is_not_current_is_replaced(
-    tpgptq: Run, tmp_path: Path, edit: Callable[[Path, Path], object]
+    tpgptq: Run, tmp_path: Path, edit: Callable[[Path, Path], object], told: str
 ) -> None:
     model, out = make_checkpoint(tmp_path / "m"), tmp_path / "out"
     (model / "tokenizer.json").write_text('{"version": 1}')
@@ -161,29 +194,43 @@ def test_what_is_not_current_is_replaced(
     assert not json.loads(tpgptq(*convert, model, out).stdout)["skipped"]
     assert json.loads(tpgptq(*convert, model, out).stdout)["skipped"]
     edit(model, out)
-    assert tpgptq("convert", "--tp", 2, "--skip-if-current", model, out).exit_code == 1
-    assert not json.loads(tpgptq(*convert, model, out).stdout)["skipped"]
+    refused = tpgptq("convert", "--tp", 2, "--skip-if-current", "-q", model, out)
+    assert refused.exit_code == 1
+    error, hint = refused.stderr.splitlines()
+    assert error.startswith(f"Error: {out}: isn't what this would write: {told}")
+    assert hint == "Hint: use --overwrite to replace it"
+    replaced = tpgptq(*convert, model, out)
+    written = printed(replaced, "conversion")
+    assert not written["skipped"]
+    assert error.removeprefix("Error: ") in written["notes"]
     assert tpgptq("verify", model, out).exit_code == 0
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "told"),
     [
-        ("--tp", 4),
-        ("--tp", 2, "--tp", 4),
-        ("--tp", 2, "--layout", "merged"),
-        ("--tp", 2, "--row-group", 8),
-        ("--tp", 2, "--max-shard-size", "20KB"),
+        (("--tp", 4), "tpgptq.json: tp is 2, not 4"),
+        (("--tp", 2, "--tp", 4), "tp-2/tpgptq.json is missing"),
+        (("--tp", 2, "--layout", "merged"), "tpgptq.json: layout is 'ranks', not 'merged'"),
+        (
+            ("--tp", 2, "--row-group", 8),
+            "tpgptq.json: modules: model.layers.0.self_attn.o_proj: in_features is 512, not 384",
+        ),
+        (("--tp", 2, "--max-shard-size", "20KB"), "model-rank-0-part-1.safetensors is missing"),
     ],
 )
-def test_other_options_are_not_current(tpgptq: Run, tmp_path: Path, options: tuple[Any]) -> None:
+def test_other_options_are_not_current(
+    tpgptq: Run, tmp_path: Path, options: tuple[Any], told: str
+) -> None:
     model = make_checkpoint(tmp_path / "m", heads=32, kv_heads=4)
-    for first, second in ((("--tp", 2), options), (options, ("--tp", 2))):
+    for first, second, differs in ((("--tp", 2), options, told), (options, ("--tp", 2), "")):
         out = tmp_path / str(len(first))
-        convert = ("convert", "-q", "--skip-if-current", "--overwrite", "--json", model)
-        assert tpgptq(*convert, out, *first).exit_code == 0
-        assert json.loads(tpgptq(*convert, out, *first).stdout)["skipped"]
-        assert not json.loads(tpgptq(*convert, out, *second).stdout)["skipped"]
+        convert = ("convert", "--skip-if-current", "--overwrite", model, out)
+        assert tpgptq(*convert, "-q", *first).exit_code == 0
+        assert json.loads(tpgptq(*convert, "--json", *first).stdout)["skipped"]
+        lines = tpgptq(*convert, *second).stderr.splitlines()
+        (line,) = (line for line in lines if line.startswith(f"Note: {out}: isn't what this would"))
+        assert differs in line
         shutil.rmtree(out)
 
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import click
 
-from tpgptq_convert.errors import OutputError, TpgptqError, VerificationError
+from tpgptq_convert.errors import OutputError, StaleError, TpgptqError, VerificationError
 from tpgptq_convert.processes import Processes, is_first, joined
 from tpgptq_convert.progress import Advance, Progress
 
@@ -341,7 +341,16 @@ def convert(
     started = time.monotonic()
     manifests = None
     if skip_if_current:
-        manifests = processes.of_first(lambda: conversion.current(checkpoint, plans, out, options))
+        try:
+            manifests = processes.of_first(
+                lambda: conversion.current(checkpoint, plans, out, options)
+            )
+        except StaleError as stale:
+            if not overwrite:
+                raise
+            notes += stale.problems
+            if not quiet:
+                click.echo(f"Note: {stale.problems[0]}", err=True)
     skipped = manifests is not None
     if manifests is None:
         manifests = conversion.convert(

@@ -24,7 +24,7 @@ from safetensors.numpy import save
 from tpgptq_convert.card import model_card
 from tpgptq_convert.checkpoint import Checkpoint, IntArray, Layer
 from tpgptq_convert.config import QUANT_FILES
-from tpgptq_convert.errors import SourceError, VerificationError
+from tpgptq_convert.errors import SourceError, StaleError, VerificationError
 from tpgptq_convert.folded import gptq_config
 from tpgptq_convert.manifest import (
     INDEX,
@@ -41,8 +41,8 @@ from tpgptq_convert.plan import ROW_GROUPS, Plan, Shard, check_layout, check_zer
 from tpgptq_convert.processes import Processes
 from tpgptq_convert.progress import Advance, Progress, silent
 from tpgptq_convert.repack import Array, open_device, read_layer, repack
-from tpgptq_convert.source import DTYPES, TensorSpec, octets
-from tpgptq_convert.staging import Stage, check_free, journal_of, staging
+from tpgptq_convert.source import DTYPES, TensorSpec, octets, read_json
+from tpgptq_convert.staging import Stage, check_free, check_replaceable, journal_of, staging
 from tpgptq_convert.threads import cores, threads
 from tpgptq_convert.writer import (
     Note,
@@ -166,24 +166,41 @@ def convert(
 def current(
     checkpoint: Checkpoint, plans: Sequence[Plan], out: Path, options: Options
 ) -> list[dict[str, Any]] | None:
-    """The manifests of OUT where it is whole, and what `convert` would write; None where it isn't.
+    """The manifests of OUT where it is whole, and what `convert` would write; None without an OUT.
 
     That is told by the checksums of all files of MODEL and OUT, which are read for them. The card
-    is not compared: it is there for people to edit.
+    is not compared: it is there for people to edit. Raises StaleError, which says what differs.
     """
+    if not (out.exists() or out.is_symlink()):
+        return None
+    difference = next(_differences(checkpoint, plans, out, options), None)
+    if difference is not None:
+        check_replaceable(out, overwrite=True)
+        raise StaleError(
+            f"{out}: isn't what this would write: {difference}",
+            hint="use --overwrite to replace it",
+        )
+    return [read_json(directory / MANIFEST) for _, directory in _directories(plans, out)]
+
+
+def _differences(
+    checkpoint: Checkpoint, plans: Sequence[Plan], out: Path, options: Options
+) -> Iterator[str]:
+    """What OUT differs in from what would be written."""
     directories = _directories(plans, out)
-    if not all((directory / MANIFEST).is_file() for _, directory in directories):
-        return None
-    if len(plans) > 1 and len(list(out.iterdir())) > len(plans):
-        return None
+    for _, directory in directories:
+        if not (directory / MANIFEST).is_file():
+            yield f"{directory / MANIFEST} is missing"
+            return
+    if len(plans) > 1:
+        others = {*out.iterdir()} - {directory for _, directory in directories}
+        yield from (f"{path} is there" for path in sorted(others))
     sym = check_zero_points(checkpoint, plans)
     with threads(cores()) as pool:
         paths = [file.path for file in checkpoint.source.files.values()]
         sources = dict(zip(checkpoint.source.files, pool.map(checksum, paths), strict=True))
-        outputs = [_Output(plan, directory, options, pool) for plan, directory in directories]
-        manifests = [output.current(sources, sym, pool) for output in outputs]
-    found = [manifest for manifest in manifests if manifest]
-    return found if len(found) == len(plans) else None
+        for plan, directory in directories:
+            yield from _Output(plan, directory, options, pool).differences(sources, sym, pool)
 
 
 def _directories(plans: Sequence[Plan], out: Path) -> list[tuple[Plan, Path]]:
@@ -516,7 +533,7 @@ class _Output:
         weights = self._weights(files)
         for name, text in self._texts(sym, weights).items():
             (self.directory / name).write_text(text, encoding="utf-8")
-        manifest = self._manifest(source_files, sym, weights)
+        manifest = self._statement(source_files, sym) | self._listed(weights)
         (self.directory / "README.md").write_text(
             self._card(manifest),
             encoding="utf-8",
@@ -533,36 +550,37 @@ class _Output:
             manifest, self.plan.config, source, command, self.options.repository, branch
         )
 
-    def current(
+    def differences(
         self, source_files: dict[str, Any], sym: bool, pool: ThreadPoolExecutor
-    ) -> dict[str, Any] | None:
-        """The manifest, if the directory holds what would be written; see `convert.current`."""
+    ) -> Iterator[str]:
+        """What the directory differs in from what would be written, causes first."""
         source = self.plan.checkpoint.source
         originals = {path: source.directory / path for path in source.carried_files()}
         if self.options.layout != "gptq":
             originals[Path(RUNTIME)] = Path(__file__).with_name(RUNTIME)
         try:
-            paths = [str(part.path) for part in self.files]
-            infos = pool.map(checksum, map(Path, paths))
-            weights = self._weights(dict(zip(paths, infos, strict=True)))
-            manifest = self._manifest(source_files, sym, weights)
-            proven = json_text(manifest | {"verified": True})
-            stated = (self.directory / MANIFEST).read_text(encoding="utf-8")
-            good = {proven} if self.options.verify else {proven, json_text(manifest)}
-            same = (
-                stated in good
-                and all(
-                    (self.directory / name).read_text(encoding="utf-8") == text
-                    for name, text in self._texts(sym, weights).items()
-                )
-                and all(
-                    filecmp.cmp(original, self.directory / name, shallow=False)
-                    for name, original in originals.items()
-                )
-            )
-        except (OSError, UnicodeError, SourceError):  # something is missing
-            return None
-        return json.loads(stated) if same else None
+            stated = read_json(self.directory / MANIFEST)
+            asked = self._statement(source_files, sym)
+            asked["verified"] = self.options.verify or stated.get("verified") is True
+            yield from _unlike(MANIFEST, {key: stated.get(key) for key in asked}, asked)
+            paths = [part.path for part in self.files]
+            for path in (*paths, *(self.directory / name for name in originals)):
+                if not path.exists():
+                    yield f"{path.name} is missing"
+            infos = dict(zip(map(str, paths), pool.map(checksum, paths), strict=True))
+            weights = self._weights(infos)
+            texts = {MANIFEST: json_text(asked | self._listed(weights))}
+            for name, text in (texts | self._texts(sym, weights)).items():
+                if (self.directory / name).read_text(encoding="utf-8") != text:
+                    yield from _unlike(name, read_json(self.directory / name), json.loads(text))
+                    yield f"{name} is written in another way"
+            for path, original in originals.items():
+                if not filecmp.cmp(original, self.directory / path, shallow=False):
+                    yield f"{path} differs from {original}"
+        except (OSError, UnicodeError) as error:
+            yield str(error)
+        except SourceError as error:
+            yield error.problems[0]
 
     def _weights(self, files: Mapping[str, Any]) -> dict[str, Any]:
         """The files of tensors, as the manifest lists them."""
@@ -601,20 +619,10 @@ class _Output:
             }
         }
 
-    def _manifest(
-        self, source_files: dict[str, Any], sym: bool, weights: dict[str, Any]
-    ) -> dict[str, Any]:
+    def _statement(self, source_files: dict[str, Any], sym: bool) -> dict[str, Any]:
+        """What the manifest says beside the output's files."""
         plan, checkpoint = self.plan, self.plan.checkpoint
         geometry, quant = checkpoint.geometry, checkpoint.quant
-        # Neither the card, which is there for people to edit, nor what an import leaves.
-        unlisted = {part.path.name for part in self.files} | {"README.md", MANIFEST}
-        others = sorted(
-            name
-            for path in self.directory.rglob("*")
-            if path.is_file()
-            and path.parent.name != "__pycache__"
-            and str(name := path.relative_to(self.directory)) not in unlisted
-        )
         return {
             "format": "tpgptq",
             "format_version": format_version(self._modules()),
@@ -639,9 +647,33 @@ class _Output:
             },
             "intermediate": intermediate_sizes(checkpoint.mlps, plan.mlps),
             "modules": self._modules(),
-            "files": weights
-            | {"other": {str(path): checksum(self.directory / path) for path in others}},
         }
+
+    def _listed(self, weights: dict[str, Any]) -> dict[str, Any]:
+        """The output's files, as the manifest lists them."""
+        # Neither the card, which is there for people to edit, nor what an import leaves.
+        unlisted = {part.path.name for part in self.files} | {"README.md", MANIFEST}
+        others = sorted(
+            name
+            for path in self.directory.rglob("*")
+            if path.is_file()
+            and path.parent.name != "__pycache__"
+            and str(name := path.relative_to(self.directory)) not in unlisted
+        )
+        other = {str(path): checksum(self.directory / path) for path in others}
+        return {"files": weights | {"other": other}}
+
+
+def _unlike(name: str, stated: Any, wanted: Any) -> Iterator[str]:
+    """Where JSON differs from what is wanted, by its keys."""
+    if isinstance(stated, dict) and isinstance(wanted, dict):
+        for key in wanted | stated:
+            yield from _unlike(f"{name}: {key}", stated.get(key), wanted.get(key))
+    elif isinstance(stated, list) and isinstance(wanted, list) and len(stated) == len(wanted):
+        for at, pair in enumerate(zip(stated, wanted, strict=True)):
+            yield from _unlike(f"{name}: {at}", *pair)
+    elif stated != wanted:
+        yield f"{name} is {stated!r:.80}, not {wanted!r:.80}"
 
 
 def _merged_part(part: int, parts: int) -> str:

@@ -45,6 +45,10 @@ class OutputError(TpgptqError):
     """The output can't be written where it was asked for, or is no output of this tool."""
 
 
+class StaleError(OutputError):
+    """The output isn't what would be written now."""
+
+
 class DeviceError(TpgptqError):
     """The device that works failed, or is out of memory."""
 

@@ -114,7 +114,7 @@ def staging(
         with _claimed(work) as journal:
             try:
                 if _put_back(work, out):
-                    _check_replaceable(out, overwrite)
+                    check_replaceable(out, overwrite)
                 stage = _prepared(journal, conversion, resume)
                 kept = resume
                 yield stage
@@ -247,7 +247,7 @@ def check_free(out: Path, overwrite: bool, needed: int, source: Path) -> None:
             hint="name another output directory",
         )
     if out.exists() or out.is_symlink():
-        _check_replaceable(out, overwrite)
+        check_replaceable(out, overwrite)
     parent = next(p for p in real.parents if p.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise OutputError(
@@ -268,13 +268,13 @@ def standing(out: Path, overwrite: bool) -> str | None:
     if not (out.exists() or out.is_symlink()):
         return None
     try:
-        _check_replaceable(out, overwrite)
+        check_replaceable(out, overwrite)
     except OutputError as error:
         return f"{error.problems[0]}; it would be refused ({error.hint})"
     return f"{out}: exists; it would be replaced"
 
 
-def _check_replaceable(out: Path, overwrite: bool) -> None:
+def check_replaceable(out: Path, overwrite: bool) -> None:
     """Refuse to replace anything but an earlier output, whole and with nothing added to it."""
     foreign = _foreign(out)
     if foreign:
@@ -334,7 +334,7 @@ def _flush(directory: Path) -> None:
 def _move(work: Path, out: Path, overwrite: bool) -> None:
     """Rename what is whole to `out`; what stood there goes only once it is in place."""
     if out.exists() or out.is_symlink():  # also where it came into being meanwhile
-        _check_replaceable(out, overwrite)
+        check_replaceable(out, overwrite)
         out.rename(work / OLD)
     (work / OUTPUT).rename(out)
     if (work / OLD).exists():
@@ -353,7 +353,7 @@ def _set_aside(directory: Path, failed: Path) -> str:
     """Rename an output that failed its verification, if it can be; says what became of it."""
     try:
         if failed.exists() or failed.is_symlink():
-            _check_replaceable(failed, overwrite=True)
+            check_replaceable(failed, overwrite=True)
             shutil.rmtree(failed)
         directory.rename(failed)
     except (OutputError, OSError):  # something of somebody else's stands there
