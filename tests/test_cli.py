@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -17,7 +19,7 @@ from click.testing import Result
 from factories import edit_text
 
 import tpgptq_convert.errors as errors
-from tpgptq_convert.cli import cli
+from tpgptq_convert.cli import _progress, cli
 
 Run = Callable[..., Result]
 
@@ -248,6 +250,27 @@ def test_half_of_torchruns_environment(tiny: Path, tmp_path: Path) -> None:
 def test_python_m_and_version() -> None:
     done = subprocess.run(tpgptq_process("--version"), capture_output=True, text=True, check=True)
     assert done.stdout.startswith("python -m tpgptq_convert, version ")
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_remaining_time_leaves_the_start_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the first seconds things are compiled, and nothing is done yet of what is in flight."""
+    clock, terminal = [0.0], Terminal()
+    monkeypatch.setattr("time.time", lambda: clock[0])
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("sys.stderr", terminal)
+    with _progress(quiet=False)("Converting", 10**10) as advance:
+        clock[0] = 20.0
+        advance(10**8)
+        for _ in range(2):
+            clock[0] += 1.0
+            advance(10**9)
+    first, second = re.findall(r"\d\d:\d\d:\d\d  .{16}", terminal.getvalue())[-2:]
+    assert (first, second) == ("00:00:08  1.10 of 10.00 GB", "00:00:07  2.10 of 10.00 GB")
 
 
 def test_progress_is_silent_off_a_terminal(tiny: Path, tmp_path: Path) -> None:

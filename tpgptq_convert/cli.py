@@ -549,23 +549,22 @@ def _progress(quiet: bool) -> Progress:
 
     @contextmanager
     def bar(label: str, total: int) -> Iterator[Advance]:
-        done = 0
-
         def state(_: object) -> str:
-            seconds = max(time.monotonic() - started, 1e-3)
+            done, seconds = shown.pos, max(time.monotonic() - started, 1e-3)
             return f"{done / 1e9:.2f} of {total / 1e9:.2f} GB, {done / seconds / 1e9:.2f} GB/s"
 
         hidden = _silent(quiet)
         started = time.monotonic()
-        with click.progressbar(
+        shown = click.progressbar(
             length=total, label=label, file=sys.stderr, hidden=hidden, item_show_func=state
-        ) as shown:
+        )
 
-            def advance(nbytes: int) -> None:
-                nonlocal done
-                shown.update(min(nbytes, total - done))
-                done = min(done + nbytes, total)
+        def advance(nbytes: int) -> None:
+            if not shown.pos:  # all that came before is starting up: no measure of what is left
+                shown.start = shown.last_eta = time.time()
+            shown.update(min(nbytes, total - shown.pos))
 
+        with shown:
             yield advance
 
     return bar
