@@ -329,11 +329,63 @@ for (m, n, stored, rings, warps), (dtype, sym) in itertools.product(TILES, KINDS
 """
 
 
-def test_the_kernel_for_hopper_compiles() -> None:
-    """Here there may be no GPU, and no interpreter runs it."""
+# Every way to multiply, twice: the first launch is Triton's, the second goes past it.
+LAUNCH = """
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from tpgptq_convert import tpgptq_runtime as runtime
+
+calls = []
+
+class Launcher:
+    def __init__(self, source, metadata):
+        self.name = metadata.name
+
+    def __call__(self, *arguments):  # the grid, the stream, four of Triton's, and the kernel's own
+        kinds = [a if type(a) in (int, bool) else type(a) for a in arguments[9:]]
+        calls.append((self.name, arguments[:3], kinds))
+
+class Utils:
+    get_device_properties = staticmethod(lambda device: {"max_shared_mem": 227 << 10})
+    load_binary = staticmethod(lambda *arguments: (0, 0, 0, 0, 1024))
+
+class Driver:
+    utils, launcher_cls = Utils, Launcher
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+
+triton.runtime.driver.set_active(Driver())
+runtime.kernels_run_on = lambda device: True
+runtime._abilities = lambda device: runtime._Abilities(132, True, True, True)
+names = set()
+kinds = (4, torch.float16, True), (4, torch.bfloat16, False), (8, torch.float16, True)
+for bits, dtype, perm in kinds:
+    tensors = {
+        "qweight": torch.zeros(1024 * bits // 32, 192, dtype=torch.int32),
+        "qzeros": torch.zeros(8, 192 * bits // 32, dtype=torch.int32),
+        "scales": torch.zeros(8, 192, dtype=torch.float16),
+    }
+    layer = runtime.arrange([tensors | ({"perm": torch.arange(1024)} if perm else {})], bits)
+    for tokens in (1, 9, 40, 100, 2500):
+        x = torch.zeros(tokens, 1024, dtype=dtype)
+        found = []
+        for _ in range(2):
+            calls.clear()
+            runtime.multiply(x, layer)
+            found.append(list(calls))
+        assert found[0] == found[1] != []
+        names |= {name for name, *_ in calls}
+assert names == {"_product", "_product_on_hopper", "_expand", "_gather"}, names
+"""
+
+
+@pytest.mark.parametrize("code", [COMPILE, LAUNCH])
+def test_what_only_a_gpu_runs_compiles(code: str) -> None:
+    """Here there may be no GPU, and no interpreter runs Gluon, nor does it mind types."""
     plain = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=plain, capture_output=True, text=True, check=False
+        [sys.executable, "-c", code], env=plain, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
 

@@ -31,8 +31,9 @@ README = (HERE.parent / "README.md").read_text()
 Run = Callable[..., Result]
 # vLLM's bfloat16 kernel for CPUs rounds activations to 8 bits unless it is told not to.
 NO_W4A8 = {"VLLM_CPU_INT4_W4A8": "0"}
-# The runtime module's kernels, or rather, on a CPU, their plain form.
-RUNTIME = {"additional_config": {"tpgptq_kernels": "runtime"}}
+# The runtime module's kernels, as the README chooses them, or rather, on a CPU, their plain form.
+(STATED,) = re.findall(r"--additional-config '(.*?)'", README)
+RUNTIME = {"additional_config": json.loads(STATED)}
 
 
 class Jobs:
