@@ -66,7 +66,10 @@ def fields_of(words: NDArray[Any], bits: int) -> NDArray[np.uint8]:
     octets = np.ascontiguousarray(words).view(np.uint8)
     shape = len(words), words.shape[1] * 32 // bits, bits
     fields = np.unpackbits(octets, axis=1, bitorder="little").reshape(shape)
-    return np.packbits(fields, axis=2, bitorder="little")[:, :, 0]
+    values = fields[:, :, 0].copy()
+    for bit in range(1, bits):
+        values |= fields[:, :, bit] << np.uint8(bit)
+    return values
 
 
 def layer_tensors(
