@@ -107,8 +107,9 @@ def test_the_readme_command_of_the_shipped_module(
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
     )
+    assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("Return the list of")
 
 
