@@ -40,6 +40,26 @@ def test_inspect_says_what_a_person_wants_to_know(tpgptq: Run, tiny: Path) -> No
     assert result.stderr == ""
 
 
+@pytest.mark.parametrize("model", ["./org/name", "../org/name", "org/name/"])
+def test_what_is_written_as_a_path_is_not_looked_for_on_the_hub(tpgptq: Run, model: str) -> None:
+    error, _ = tpgptq("inspect", model).stderr.splitlines()
+    assert error == (
+        f"Error: {Path(model).absolute()}: no such directory; must be a directory with a GPTQ "
+        "checkpoint"
+    )
+
+
+def test_where_no_manifest_is_the_degrees_are_named(
+    tpgptq: Run, tiny: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "several"
+    assert tpgptq("convert", "--tp", 2, "--tp", 3, "--no-verify", tiny, out).exit_code == 0
+    _, hint = tpgptq("verify", tiny, out).stderr.splitlines()
+    assert hint == f"Hint: name one of its degrees: {out / 'tp-2'}, {out / 'tp-3'}"
+    _, hint = tpgptq("verify", out / "tp-2", tiny).stderr.splitlines()
+    assert hint.endswith("`tpgptq verify` takes MODEL first, then OUT")
+
+
 def test_inspect_json_agrees_with_the_table(tpgptq: Run, tiny: Path) -> None:
     report = json.loads(tpgptq("inspect", "--json", tiny).stdout)
     assert report["largest_tp"] == 11

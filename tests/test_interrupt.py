@@ -114,9 +114,12 @@ def test_what_was_killed_is_resumed(
     result = tpgptq("convert", *OPTIONS, "--resume", model, out)
     assert result.exit_code == 0
     told = re.search(r"^Resumed: (.*) MB of (.*) MB are written already$", result.stderr, re.M)
-    assert told
-    assert float(told[2]) == round(sum(map(weights_of, out.glob("model-*.safetensors"))) / 1e6, 2)
-    assert (told[1] == "0.00") == (call == 1)
+    if call == 1:  # nothing was noted
+        assert not told
+    else:
+        weights = sum(map(weights_of, out.glob("model-*.safetensors")))
+        assert told
+        assert (float(told[1]) > 0, float(told[2])) == (True, round(weights / 1e6, 2))
     resumed, names[:] = len(names), []
     assert tree(out) == whole
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

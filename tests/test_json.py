@@ -155,7 +155,7 @@ EDITS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
             out / "model-rank-1-part-0.safetensors",
             lambda t: t["model.layers.0.mlp.down_proj.scales"].mul_(2),
         ),
-        "tpgptq.json: files: ranks: 1: model-rank-1-part-0.safetensors: bytes is ",
+        "model-rank-1-part-0.safetensors isn't what tpgptq.json states: damaged, or edited",
     ),
     "output file gone": (
         lambda _, out: (out / "model-shared.safetensors").unlink(),
@@ -163,11 +163,11 @@ EDITS: dict[str, tuple[Callable[[Path, Path], object], str]] = {
     ),
     "output runtime": (
         lambda _, out: (out / "tpgptq_runtime.py").write_text("pass"),
-        "tpgptq.json: files: other: tpgptq_runtime.py: bytes is ",
+        "tpgptq_runtime.py isn't what tpgptq.json states: damaged, or edited",
     ),
     "output index": (
         lambda _, out: (out / "tpgptq-index.safetensors").write_bytes(b""),
-        "tpgptq.json: files: other: tpgptq-index.safetensors: bytes is ",
+        "tpgptq-index.safetensors isn't what tpgptq.json states: damaged, or edited",
     ),
     "manifest": (
         lambda _, out: edit_text(out / "tpgptq.json", "tpgptq-convert ", "tpgptq-convert 9."),

@@ -155,7 +155,16 @@ def _has_driver() -> bool:
     return any(map(ctypes.util.find_library, ("cuda", "amdhip64")))
 
 
-model_argument = click.argument("model", type=click.Path(path_type=Path))
+class Model(click.Path):
+    """A directory, or a repository on the Hub, which nobody writes as ./org/name or org/name/."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        path: Path = super().convert(value, param, ctx)  # type: ignore[assignment]  # path_type
+        is_path = str(value).startswith(("./", "../")) or str(value).endswith("/")
+        return path.absolute() if is_path and not path.is_dir() else path
+
+
+model_argument = click.argument("model", type=Model(path_type=Path))
 out_argument = click.argument("out", type=click.Path(path_type=Path))
 device_option = click.option(
     "--device",

@@ -24,7 +24,7 @@ from safetensors.numpy import save
 from tpgptq_convert.card import model_card
 from tpgptq_convert.checkpoint import Checkpoint, IntArray, Layer
 from tpgptq_convert.config import QUANT_FILES
-from tpgptq_convert.errors import SourceError, StaleError, VerificationError
+from tpgptq_convert.errors import OutputError, SourceError, StaleError, VerificationError
 from tpgptq_convert.folded import gptq_config
 from tpgptq_convert.manifest import (
     INDEX,
@@ -35,6 +35,8 @@ from tpgptq_convert.manifest import (
     WEIGHTS_INDEX,
     format_version,
     intermediate_sizes,
+    listed_files,
+    read_manifest,
     weights_digest,
 )
 from tpgptq_convert.plan import ROW_GROUPS, Plan, Shard, check_layout, check_zero_points, stacked
@@ -135,7 +137,7 @@ def convert(
         sym, stage = processes.of_first(start)
         run = processes.agree(share)
         kept = processes.gather(processes.agree(run.reuse))
-        if options.resume:
+        if options.resume and any(kept):
             resumed(sum(kept), run.nbytes)
         found = processes.gather(processes.agree(lambda: run.write(progress)))
         files = {name: info for written, _ in found for name, info in written.items()}
@@ -559,7 +561,7 @@ class _Output:
         if self.options.layout != "gptq":
             originals[Path(RUNTIME)] = Path(__file__).with_name(RUNTIME)
         try:
-            stated = read_json(self.directory / MANIFEST)
+            stated = read_manifest(self.directory)
             asked = self._statement(source_files, sym)
             asked["verified"] = self.options.verify or stated.get("verified") is True
             yield from _unlike(MANIFEST, {key: stated.get(key) for key in asked}, asked)
@@ -569,7 +571,12 @@ class _Output:
                     yield f"{path.name} is missing"
             infos = dict(zip(map(str, paths), pool.map(checksum, paths), strict=True))
             weights = self._weights(infos)
-            texts = {MANIFEST: json_text(asked | self._listed(weights))}
+            asked |= self._listed(weights)
+            found = listed_files(asked)
+            for name, info in listed_files(stated).items():
+                if found.get(name, info) != info:
+                    yield f"{name} isn't what {MANIFEST} states: damaged, or edited"
+            texts = {MANIFEST: json_text(asked)}
             for name, text in (texts | self._texts(sym, weights)).items():
                 if (self.directory / name).read_text(encoding="utf-8") != text:
                     yield from _unlike(name, read_json(self.directory / name), json.loads(text))
@@ -579,7 +586,7 @@ class _Output:
                     yield f"{path} differs from {original}"
         except (OSError, UnicodeError) as error:
             yield str(error)
-        except SourceError as error:
+        except (OutputError, SourceError) as error:
             yield error.problems[0]
 
     def _weights(self, files: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,9 +27,12 @@ LAYOUTS = ("ranks", "merged", "gptq")
 def read_manifest(out: Path) -> dict[str, Any]:
     """OUT's manifest; raises OutputError if there is none, or of an unknown version."""
     if not (out / MANIFEST).is_file():
+        several = sorted(str(path.parent) for path in out.glob(f"tp-*/{MANIFEST}"))
         raise OutputError(
             f"{out}: has no {MANIFEST}; must be an output of `tpgptq convert`",
-            hint="for an output of several degrees name one of its tp-N directories",
+            hint=f"name one of its degrees: {', '.join(several)}"
+            if several
+            else "name a directory that it wrote; `tpgptq verify` takes MODEL first, then OUT",
         )
     manifest = read_json(out / MANIFEST)
     version = manifest.get("format_version")
