@@ -15,6 +15,7 @@ import pytest
 import torch
 from click.testing import Result
 from factories import edit_tensors, make_checkpoint
+from safetensors.torch import save_file
 
 from tpgptq_convert.writer import checksum
 
@@ -559,6 +560,34 @@ def test_files_that_the_source_does_not_have(
     out = converted(tpgptq, model, tmp_path / "out")
     damage(out)
     refresh(out)
+    refused(tpgptq("verify", model, out), told, code=3)
+
+
+@pytest.mark.parametrize(
+    ("layout", "group", "name"),
+    [
+        ("ranks", "shared", "model.safetensors"),
+        ("ranks", "ranks", "adapter_model.safetensors"),
+        ("ranks", "ranks", "model-rank-0-part-1.safetensors"),
+        ("merged", "merged", "model.safetensors"),
+        ("gptq", "merged", "model.safetensors"),
+    ],
+)
+def test_weight_files_of_other_names(
+    tpgptq: Run, tmp_path: Path, layout: str, group: str, name: str
+) -> None:
+    """Loaders take model.safetensors before any index: of nothing, they make random weights."""
+    model = make_checkpoint(tmp_path / "m")
+    out = converted(tpgptq, model, tmp_path / "out", "--layout", layout)
+    save_file({}, out / name, {"format": "pt"})
+
+    def add(manifest: dict[str, Any]) -> None:
+        files = manifest["files"][group]
+        (files[1] if group == "ranks" else files)[name] = {"bytes": 0, "sha256": ""}
+
+    edit_manifest(out, add)
+    refresh(out) if layout == "gptq" else refresh_all(out)
+    told = f"tpgptq.json: {name}: no name for one of 2 weight files of"
     refused(tpgptq("verify", model, out), told, code=3)
 
 

@@ -36,7 +36,10 @@ from tpgptq_convert.manifest import (
     format_version,
     intermediate_sizes,
     listed_files,
+    merged_part,
+    rank_part,
     read_manifest,
+    shared_part,
     weights_digest,
 )
 from tpgptq_convert.plan import ROW_GROUPS, Plan, Shard, check_layout, check_zero_points, stacked
@@ -445,12 +448,12 @@ class _Output:
         shared = self.shared_specs()
         make = partial(Parts, directory, max_bytes=options.max_shard_size, pool=writers, note=note)
         if options.layout != "ranks":
-            merged = make(_merged_part, self._layer_specs(plan.merged_tensors) | shared)
+            merged = make(merged_part, self._layer_specs(plan.merged_tensors) | shared)
             self.streams, self.shared = [merged], merged
         else:
             specs = self._layer_specs(lambda layer: self._tensors[layer.name])
-            self.streams = [make(partial(_rank_part, rank), specs) for rank in range(plan.tp)]
-            self.shared = make(_shared_part, shared)
+            self.streams = [make(partial(rank_part, rank), specs) for rank in range(plan.tp)]
+            self.shared = make(shared_part, shared)
 
     @property
     def files(self) -> list[Part]:
@@ -681,15 +684,3 @@ def _unlike(name: str, stated: Any, wanted: Any) -> Iterator[str]:
             yield from _unlike(f"{name}: {at}", *pair)
     elif stated != wanted:
         yield f"{name} is {stated!r:.80}, not {wanted!r:.80}"
-
-
-def _merged_part(part: int, parts: int) -> str:
-    return f"model-{part + 1:05}-of-{parts:05}.safetensors"
-
-
-def _shared_part(part: int, parts: int) -> str:
-    return "model-shared.safetensors" if parts == 1 else f"model-shared-part-{part}.safetensors"
-
-
-def _rank_part(rank: int, part: int, parts: int) -> str:
-    return f"model-rank-{rank}-part-{part}.safetensors"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -190,6 +191,35 @@ def weight_files(manifest: Mapping[str, Any]) -> Iterator[tuple[int | None, Mapp
         yield from enumerate(files["ranks"])
     else:
         yield None, files["merged"]
+
+
+def merged_part(part: int, parts: int) -> str:
+    """What a file of a merged output is called."""
+    return f"model-{part + 1:05}-of-{parts:05}.safetensors"
+
+
+def shared_part(part: int, parts: int) -> str:
+    """What a file that all ranks read is called."""
+    return "model-shared.safetensors" if parts == 1 else f"model-shared-part-{part}.safetensors"
+
+
+def rank_part(rank: int, part: int, parts: int) -> str:
+    """What a file of one rank is called."""
+    return f"model-rank-{rank}-part-{part}.safetensors"
+
+
+def wrong_names(manifest: Mapping[str, Any]) -> Iterator[str]:
+    """Files of weights that have other names than they must: loaders choose files by their names,
+    model.safetensors before any index, and adapters."""
+    ranks = manifest["layout"] == "ranks"
+    for rank, files in weight_files(manifest):
+        part_name: Callable[[int, int], str] = shared_part if ranks else merged_part
+        if rank is not None:
+            part_name = partial(rank_part, rank)
+        wanted = {part_name(part, len(files)) for part in range(len(files))}
+        for name in sorted(files.keys() - wanted):
+            of = "all ranks" if rank is None else f"rank {rank}"
+            yield f"{name}: no name for one of {len(files)} weight files of {of}"
 
 
 def wrong_tensors(

@@ -46,6 +46,7 @@ from tpgptq_convert.manifest import (
     read_manifest,
     weight_files,
     weights_digest,
+    wrong_names,
 )
 from tpgptq_convert.packing import pack_rows, unpack_cols, unpack_rows, zero_points
 from tpgptq_convert.processes import Processes
@@ -299,7 +300,9 @@ def _check_shared(checkpoint: Checkpoint, stored: _Stored, name: str) -> list[st
 
 
 def _check_names(checkpoint: Checkpoint, stored: _Stored) -> Iterator[str]:
-    """No file holds a tensor that the format doesn't put there, or one that another file has."""
+    """No file has a name, or holds a tensor, that the format doesn't put there; nor one that
+    another file has."""
+    yield from (f"{MANIFEST}: {problem}" for problem in wrong_names(stored.manifest))
     own = {f"{layer.name}.{part}" for layer in checkpoint.layers for part in stored.parts(layer)}
     for rank, files in stored.files.items():
         allowed = own if rank is not None else set(checkpoint.shared)
