@@ -591,6 +591,15 @@ def test_weight_files_of_other_names(
     refused(tpgptq("verify", model, out), told, code=3)
 
 
+def test_a_link_to_a_directory_in_an_output(tpgptq: Run, tmp_path: Path) -> None:
+    """Python would import a package from it, as it would from a directory."""
+    model = make_checkpoint(tmp_path / "m")
+    out = converted(tpgptq, model, tmp_path / "out")
+    (tmp_path / "evil").mkdir()
+    (out / "torch").symlink_to("../evil")
+    refused(tpgptq("verify", model, out), "torch: not in the manifest", code=3)
+
+
 def test_files_that_may_lie_in_an_output(tpgptq: Run, tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path / "m")
     out = converted(tpgptq, model, tmp_path / "out")

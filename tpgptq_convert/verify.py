@@ -187,7 +187,8 @@ def _check_files(
         yield f"{INDEX}: missing; only the functional proof was made"
     for path in sorted(path.relative_to(out) for path in out.rglob("*")):
         inside = any(part.startswith(".") or part == "__pycache__" for part in path.parts)
-        if not (inside or (out / path).is_dir() or str(path) in (*listed, MANIFEST, "README.md")):
+        folder = (out / path).is_dir() and not (out / path).is_symlink()
+        if not (inside or folder or str(path) in (*listed, MANIFEST, "README.md")):
             yield f"{path}: not in the manifest"
 
 
