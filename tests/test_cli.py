@@ -304,3 +304,14 @@ def test_progress_is_silent_off_a_terminal(tiny: Path, tmp_path: Path) -> None:
     lines = done.stderr.splitlines()
     assert lines[-1].startswith(f"Wrote and verified tp 2 to {tmp_path / 'out'}: ")
     assert all(line.startswith(("Note: ", "Wrote ")) for line in lines)
+
+
+@pytest.mark.parametrize("closed", ["2>&-", ">&- 2>&-", "<&- >&- 2>&-"])
+def test_streams_that_are_closed(tiny: Path, tmp_path: Path, closed: str) -> None:
+    """Nobody may be listening, as of a daemon: the work is done all the same."""
+    command = tpgptq_process("convert", "--tp", 2, "--device", "cpu", tiny, tmp_path / "out")
+    shell = ["sh", "-c", f'exec "$@" {closed}', "sh", *command]
+    assert subprocess.run(shell, check=False).returncode == 0
+    assert (tmp_path / "out" / "tpgptq.json").is_file()
+    command = tpgptq_process("verify", tmp_path, tmp_path / "out")
+    assert subprocess.run([*shell[:4], *command], check=False).returncode == 1

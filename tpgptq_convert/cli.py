@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes.util
 import functools
 import json
+import os
 import re
 import signal
 import sys
@@ -579,6 +580,18 @@ def _progress(quiet: bool) -> Progress:
     return bar
 
 
+def _open_streams() -> None:
+    """Have something behind stdin, stdout and stderr where a caller closed them: else the next file
+    that is opened would take their numbers, and what libraries write to stderr."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # it gets the lowest free number
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w" if number else "r"))  # noqa: SIM115
+
+
 def main() -> None:
     """The entry point: SIGTERM and SIGHUP end a run as Ctrl-C does, leaving nothing behind."""
 
@@ -589,6 +602,7 @@ def main() -> None:
             raise Stopped(signum)
         _waiting.append(signum)
 
+    _open_streams()
     for ending in ENDINGS:
         if signal.getsignal(ending) is not signal.SIG_IGN:  # as by nohup
             signal.signal(ending, interrupt)
