@@ -563,6 +563,19 @@ def test_files_that_the_source_does_not_have(
     refused(tpgptq("verify", model, out), told, code=3)
 
 
+def test_a_runtime_module_that_cannot_be_compared(tpgptq: Run, tmp_path: Path) -> None:
+    """Another version's may be anything, and so may what says that it is another version's."""
+    model = make_checkpoint(tmp_path / "m")
+    out = converted(tpgptq, model, tmp_path / "out")
+    another_runtime(out)
+    edit_manifest(out, lambda manifest: manifest.update(tool="tpgptq-convert 0\n"))
+    refresh(out)
+    result = tpgptq("verify", model, out)
+    assert result.exit_code == 0
+    told = "Note: tpgptq_runtime.py was not compared: it is to be that of tpgptq-convert 0\\n, and"
+    assert result.stderr.startswith(told)
+
+
 @pytest.mark.parametrize(
     ("layout", "group", "name"),
     [

@@ -459,7 +459,7 @@ def verify(
     that it was made from.
     """
     from tpgptq_convert.checkpoint import read_checkpoint
-    from tpgptq_convert.manifest import read_manifest
+    from tpgptq_convert.manifest import RUNTIME, TOOL, listed_files, read_manifest
 
     with _undisturbed():
         from tpgptq_convert.verify import verify as prove
@@ -490,6 +490,9 @@ def verify(
         except OSError as error:
             note = f"Note: {out} can't be changed ({error.strerror}), to say that it was verified"
             click.echo(note, err=True)
+    if not quiet and manifest["tool"] != TOOL and RUNTIME in listed_files(manifest):
+        what = f"{RUNTIME} was not compared: it is to be that of {_printable(manifest['tool'])}"
+        click.echo(f"Note: {what}, and this is {TOOL}", err=True)
     if as_json:
         _print_json(ok=True, out=str(out))
     elif not quiet:
