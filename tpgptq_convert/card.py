@@ -95,8 +95,8 @@ In an environment that has `tpgptq-convert` as well, which brings the plugin{her
 Degrees that divide {tp} work too.{small}"""
 
 SMALL = """ On GPUs
-vLLM's kernels take no groups of less than 32 rows, and this output has some of {rows}: they need
-one that was written with `--row-group 32`, if its source has groups as large."""
+vLLM's kernels take no groups of less than 32 rows, and this output has some of {rows}: add
+`--additional-config '{{"tpgptq_kernels": "runtime"}}'`, which chooses the runtime module's."""
 
 HERE = " (`.` is this directory; or the repository's name, if it is on the Hub, and `--revision`)"
 NEEDS = "needs torch, and transformers for the model"
