@@ -77,6 +77,7 @@ METHOD = "tpgptq"
 CHECKSUMS = "TPGPTQ_CHECKSUMS"  # set to 1: files are compared with the manifest's checksums
 KERNELS = "tpgptq_kernels"  # in vLLM's --additional-config, and so in the hash of what it compiles
 RUNTIME, VLLM = "runtime", "vllm"  # what it may say: whose kernels are to run
+CHOOSE = f'--additional-config \'{{"{KERNELS}": "{RUNTIME}"}}\''
 MANY = 2048  # tokens, from which on a gather takes the device longer than its launch the host
 KERNEL_GROUPS = (128, 64, 32)  # what vLLM's kernels take, but for one group per column
 PACK = 32 // BITS  # values in an int32
@@ -431,7 +432,7 @@ class TpgptqLinearMethod(LinearMethodBase):  # type: ignore[misc]
             raise UnsupportedError(
                 f"{self.output.model}: {KERNELS} is {chosen!r} in vLLM's additional config; must "
                 f"be {RUNTIME!r} or {VLLM!r}",
-                hint=f'leave it out, or: --additional-config \'{{"{KERNELS}": "{RUNTIME}"}}\'',
+                hint=f"leave it out, or: {CHOOSE}",
             )
         if chosen == RUNTIME:
             logger.info_once("Using RuntimeLinearKernel for tpgptq")
@@ -458,7 +459,7 @@ class TpgptqLinearMethod(LinearMethodBase):  # type: ignore[misc]
                 f"{', '.join(self.names)}: no kernel of this vLLM takes {self.rows} x {n} weights "
                 f"{'without' if sym else 'with'} zero points in groups of "
                 f"{self.modules[0]['group_size']}, in {self.dtype} ({error})",
-                hint="convert with --row-group 32, or serve at another degree",
+                hint=f"choose the runtime module's: {CHOOSE}; or convert with --row-group 32",
             ) from None
         logger.info_once("Using %s for tpgptq", kernel.__name__)
         return kernel, config
