@@ -9,7 +9,8 @@ Every way makes new files out of one checkpoint, as a whole process that ends wi
     reload           every safetensors file loaded and saved by the safetensors library
     convert          tpgptq convert --no-verify
     copy and hash, tp N
-                     the same for the files that convert wrote, which are larger than the source's
+                     copy and hash of what convert wrote, which is larger than the source: the
+                     SHA-256 of the source's files, and of these
     with verify      tpgptq convert
     verify           tpgptq verify
     N processes      tpgptq convert --no-verify, by torchrun; each on a GPU of its own
@@ -93,8 +94,7 @@ def commands(
     for tp in tps:
         convert = [*this, "tpgptq", "convert", "-q", "--device", device, "--tp", str(tp)]
         ways[f"tp {tp}: convert"] = [*convert, "--no-verify", *paths]
-        ceiling = ["copy", str(out), str(copied), str(model), str(out)]
-        ways[f"copy and hash, tp {tp}"] = [*this, *ceiling]
+        ways[f"copy and hash, tp {tp}"] = [*this, "copy", *map(str, (out, copied, model, out))]
         ways[f"tp {tp}: verify"] = [*this, "tpgptq", "verify", "-q", "--device", device, *paths]
         ways[f"tp {tp}: with verify"] = [*convert, *paths]
         if processes > 1:

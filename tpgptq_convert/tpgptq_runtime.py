@@ -1020,6 +1020,7 @@ _MANY_ON_HOPPER = 2048
 _SLAB = 1 << 26  # bytes of expanded weights at a time
 _GATHER = 16384  # longest row that the gather's kernel holds at a time
 _TUNED: dict[str, Launch] = {}
+_COMPILED: dict[Any, Any] = {}  # kernels, by all that they are compiled for
 _GLUON = (3, 6), (3, 9)  # versions of Triton whose Gluon the kernel was compiled by
 
 
@@ -1056,7 +1057,7 @@ def _abilities(device: torch.device) -> _Abilities:
 
 
 def _key(tokens: int, layer: Arranged) -> str:
-    tokens = 1 if tokens == 1 else min(1024, max(16, 1 << (tokens - 1).bit_length()))
+    tokens = 1 if tokens == 1 else min(1024, max(16, _power_of_two(tokens)))
     sizes = (tokens, layer.rows, layer.columns, layer.group_size, layer.bits)
     return " ".join(map(str, (*sizes, layer.packed.device.type, layer.zeros is None)))
 
@@ -1399,9 +1400,6 @@ def _launch(
     compiled = kernel[grid](*values[:given], **stated)
     if not _interpreting():
         _COMPILED[key] = compiled
-
-
-_COMPILED: dict[Any, Any] = {}
 
 
 def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
