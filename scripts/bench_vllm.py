@@ -9,6 +9,7 @@ forms are
 
     name=DIR            a checkpoint, loaded as it stands
     name=runtime:DIR    an output of this package, on the runtime module's kernels
+    name=vllm:DIR       the same on the kernels that vLLM chooses
     name=fp16:DIR       the model that DIR describes, not quantised, with random weights
 
 The first is the one the others are compared with:
@@ -16,8 +17,7 @@ The first is the one the others are compared with:
     python scripts/make_synthetic.py model --preset llama-2-7b
     python scripts/make_synthetic.py plain --preset llama-2-7b --plain
     tpgptq convert --tp 1 model out
-    python scripts/bench_vllm.py plain=plain ours=out own=runtime:out act-order=model \\
-        fp16=fp16:model
+    python scripts/bench_vllm.py plain=plain ours=out vllm=vllm:out act-order=model fp16=fp16:model
 """
 
 from __future__ import annotations
@@ -69,12 +69,13 @@ class Engine:
     def __init__(self, name: str, form: str, arguments: argparse.Namespace, scratch: Path) -> None:
         self.name = name
         self.seconds: dict[str, list[float]] = {}
-        directory = Path(form.removeprefix("fp16:").removeprefix("runtime:"))
+        kind, _, path = form.rpartition(":")
+        directory = Path(path)
         config = json.loads((directory / "config.json").read_text())
         extra: dict[str, Any] = {}
-        if form.startswith("runtime:"):
-            extra["additional_config"] = {"tpgptq_kernels": "runtime"}
-        if form.startswith("fp16:"):
+        if kind in ("runtime", "vllm"):
+            extra["additional_config"] = {"tpgptq_kernels": kind}
+        if kind == "fp16":
             config.pop("quantization_config", None)
             directory = scratch / name
             directory.mkdir()
@@ -141,7 +142,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("forms", nargs="+", metavar="name=[fp16:|runtime:]DIR")
+    parser.add_argument("forms", nargs="+", metavar="name=[KIND:]DIR")
     parser.add_argument("--tp", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--new-tokens", type=int, default=128)

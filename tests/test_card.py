@@ -113,11 +113,7 @@ def test_groups_that_kernels_for_gpus_dont_take(
     card = (out / "README.md").read_text()
     assert "vllm serve" in card
     assert ("less than 32 rows, and this output has some of 16" in card) == small
-    assert (
-        """add
-`--additional-config '{"tpgptq_kernels": "runtime"}'`"""
-        in card
-    ) == small
+    assert ("""add `--additional-config '{"tpgptq_kernels": "runtime"}'`""" in card) == small
 
 
 def test_a_directory_of_any_name(tpgptq: Run, model: Path) -> None:

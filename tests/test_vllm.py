@@ -429,6 +429,27 @@ def test_an_output_in_the_cache_of_the_hub(tpgptq: Run, tiny: Path, tmp_path: Pa
     assert "cannot find the requested files in the local cache" in done.stdout
 
 
+def test_whose_kernels_run(tpgptq: Run, tiny: Path, tmp_path: Path) -> None:
+    """The runtime module's where they are fast, else vLLM's; or what vLLM was told."""
+    out = tmp_path / "out"
+    assert tpgptq("convert", "--tp", 1, tiny, out).exit_code == 0
+    code = (
+        "from vllm.config import VllmConfig, set_current_vllm_config\n"
+        "from tpgptq_convert import vllm\n"
+        f"output = vllm.Output({str(out)!r}, None)\n"
+        "method = vllm.TpgptqLinearMethod(output, [next(iter(output.modules))])\n"
+        f"for more in ({{}}, {{'tpgptq_kernels': 'vllm'}}, {RUNTIME['additional_config']}):\n"
+        "    for fast in (False, True):\n"
+        "        vllm.fast_on = lambda device: fast\n"
+        "        with set_current_vllm_config(VllmConfig(additional_config=more)):\n"
+        "            print(method._own_kernels())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = re.findall(r"^(?:True|False)$", done.stdout, re.MULTILINE)
+    assert found == ["False", "True", "False", "False", "True", "True"]
+
+
 @pytest.mark.skipif("TPGPTQ_OLD_VLLM" not in os.environ, reason="TPGPTQ_OLD_VLLM is not set")
 def test_the_last_vllm_that_runs_act_order_agrees(tpgptq: Run, tiny: Path, tmp_path: Path) -> None:
     jobs = Jobs(tmp_path, tpgptq)

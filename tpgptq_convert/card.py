@@ -95,8 +95,8 @@ In an environment that has `tpgptq-convert` as well, which brings the plugin{her
 Degrees that divide {tp} work too.{small}"""
 
 SMALL = """ On GPUs
-vLLM's kernels take no groups of less than 32 rows, and this output has some of {rows}: add
-`--additional-config '{{"tpgptq_kernels": "runtime"}}'`, which chooses the runtime module's."""
+other than H100s and H200s add `--additional-config '{{"tpgptq_kernels": "runtime"}}'`: vLLM's
+kernels there take no groups of less than 32 rows, and this output has some of {rows}."""
 
 HERE = " (`.` is this directory; or the repository's name, if it is on the Hub, and `--revision`)"
 NEEDS = "needs torch, and transformers for the model"

@@ -1033,6 +1033,11 @@ def kernels_run_on(device: torch.device | str) -> bool:
     return triton is not None and (torch.device(device).type == "cuda" or _interpreting())
 
 
+def fast_on(device: torch.device | str) -> bool:
+    """Whether the kernels are at their best there, for one token and for many: on Hopper GPUs."""
+    return kernels_run_on(device) and _abilities(torch.device(device)).hopper
+
+
 class _Abilities(NamedTuple):
     """What a device, with this Triton, can do."""
 
