@@ -20,7 +20,11 @@ process, and of the work alone, without the start of Python, torch and the GPU (
 when one of them is ready: it waits for the others). Interrupted, it prints the rounds that it has.
 Memory is the peak resident set above that of `import torch`, and the peak that torch holds on the
 GPU. Nothing is dropped from the page cache: the source is read from memory where it fits. On a RAM
-disk (--work /dev/shm/bench) the disk's own speed hides nothing.
+disk (--work /dev/shm/bench) the disk's own speed hides nothing. With --full-cache every run begins
+with next to no free memory, and so takes what it needs from the page cache, as on a machine that
+has run for a while: where memory that was never used, or was freed some seconds ago, first has to
+come from a virtual machine's host, writing a page costs up to ten times as much, and runs of
+different lengths pay for different shares of it.
 
 Below stands what one block's layers cost in memory: TGIS's way (unpack to int32 on the CPU, index,
 slice, pack, with torch's own threads) and this executor's, from host memory to host memory, as many
@@ -147,12 +151,23 @@ def measure_all(
             if not way.startswith("copy and hash, tp") and not way.endswith(": verify"):
                 shutil.rmtree(out, ignore_errors=True)
                 os.sync()
+            if args.full_cache:
+                fill_cache(work)
             run = measure(command, work / "notes.json")
             shutil.rmtree(copied, ignore_errors=True)
             label = f"round {turn}" if turn else "warm-up"
             print(f"{label}: {way} {run.seconds:.2f} s", file=sys.stderr, flush=True)
             if turn:
                 results.setdefault(way, []).append(run)
+
+
+def fill_cache(work: Path) -> None:
+    """Read a hole as large as the memory until little of that is free."""
+    page = os.sysconf("SC_PAGE_SIZE")
+    with tempfile.NamedTemporaryFile(dir=work, delete=False, buffering=0) as hole:
+        hole.truncate(page * os.sysconf("SC_PHYS_PAGES"))
+        while page * os.sysconf("SC_AVPHYS_PAGES") > 1 << 30 and hole.read(1 << 24):
+            pass
 
 
 def baseline(notes: Path) -> int:
@@ -199,7 +214,9 @@ def plot(results: Mapping[str, Sequence[Run]], source_bytes: int, title: str, pa
     figure.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)
 
 
-def facts(model: Path, source_bytes: int, runs: int, device: str) -> Iterator[str]:
+def facts(
+    model: Path, source_bytes: int, runs: int, device: str, full_cache: bool
+) -> Iterator[str]:
     """What the numbers depend on."""
     files = len(list(model.glob("*.safetensors")))
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "safetensors", "numpy"))
@@ -207,7 +224,8 @@ def facts(model: Path, source_bytes: int, runs: int, device: str) -> Iterator[st
     yield f"{platform.machine()}, {CORES} cores ({processor()})"
     yield f"Python {platform.python_version()}, {packages}"
     load = ", ".join(f"{value:.2f}" for value in os.getloadavg())
-    yield f"median of {runs} runs after one warm-up, page cache warm; load before: {load}"
+    cache = "warm and full" if full_cache else "warm"
+    yield f"median of {runs} runs after one warm-up, page cache {cache}; load before: {load}"
 
 
 def processor() -> str:
@@ -510,6 +528,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, required=True, help="where everything is written")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--processes", type=int, default=1, help="of the way by torchrun")
+    parser.add_argument("--full-cache", action="store_true", help="begin with no free memory")
     parser.add_argument("--plot", type=Path, help="draw the speeds; needs matplotlib")
     parser.add_argument("--title", default="", help="of the plot")
     args = parser.parse_args()
@@ -534,7 +553,7 @@ def main() -> None:
             make += ["--blocks", str(args.blocks)] if args.blocks else []
             subprocess.run(make, check=True)
         size = sum(path.stat().st_size for path in model.rglob("*") if path.is_file())
-        lines = list(facts(model, size, args.runs, args.device))
+        lines = list(facts(model, size, args.runs, args.device, args.full_cache))
         torch_bytes = baseline(work / "notes.json")
         results: dict[str, list[Run]] = {}
         with contextlib.suppress(KeyboardInterrupt):

@@ -95,8 +95,9 @@ In an environment that has `tpgptq-convert` as well, which brings the plugin{her
 Degrees that divide {tp} work too.{small}"""
 
 SMALL = """ On GPUs
-other than H100s and H200s add `--additional-config '{{"tpgptq_kernels": "runtime"}}'`: vLLM's
-kernels there take no groups of less than 32 rows, and this output has some of {rows}."""
+other than H100s and H200s, or with a Triton other than 3.6 to 3.9,
+add `--additional-config '{{"tpgptq_kernels": "runtime"}}'`: vLLM's own kernels, which run there,
+take no groups of less than 32 rows, and this output has some of {rows}."""
 
 HERE = " (`.` is this directory; or the repository's name, if it is on the Hub, and `--revision`)"
 NEEDS = "needs torch, and transformers for the model"

@@ -177,7 +177,7 @@ device_option = click.option(
 private_option = click.option(
     "--private", is_flag=True, help="Make the repository a private one, if it is new."
 )
-quiet_option = click.option("-q", "--quiet", is_flag=True, help="Say nothing but errors.")
+quiet_option = click.option("-q", "--quiet", is_flag=True, help="No bars, notes or summaries.")
 json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 revision_option = click.option(
     "--revision",
