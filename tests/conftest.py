@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -28,5 +30,27 @@ def tpgptq() -> Callable[..., Result]:
 
     def run(*arguments: str | Path) -> Result:
         return CliRunner().invoke(cli, [str(argument) for argument in arguments])
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def run_program() -> Callable[..., str]:
+    """Run a Python file in its directory, by torchrun as so many ranks; returns what they print."""
+
+    def run(program: Path, ranks: int, **env: str) -> str:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        done = subprocess.run(
+            [*command, f"--nproc-per-node={ranks}", program.name],
+            cwd=program.parent,
+            env=os.environ | {"OMP_NUM_THREADS": "1"} | env,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        # Seldom a rank of torch 2.13 aborts so once its program has ended, which isn't its fault.
+        aborted = "terminate called without an active exception" in done.stderr
+        assert done.returncode == 0 or aborted, done.stderr
+        return done.stdout
 
     return run

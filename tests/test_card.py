@@ -6,8 +6,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -207,21 +205,13 @@ def test_a_size_of_heads_may_be_null(tpgptq: Run, tmp_path: Path) -> None:
     assert "vllm serve" in card.text
 
 
-def test_the_cards_program_runs(tpgptq: Run, tiny: Path, tmp_path: Path) -> None:
+def test_the_cards_program_runs(
+    tpgptq: Run, run_program: Callable[..., str], tiny: Path, tmp_path: Path
+) -> None:
     model = shutil.copytree(tiny, tmp_path / "model")
     card, _ = card_of(tpgptq, model)
     (program,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
     (started,) = set(re.findall(r"torchrun --nproc-per-node (\d)", card.text))
     out = model.with_name("out")
     (out / "program.py").write_text(program)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*command, f"--nproc-per-node={started}", "program.py"],
-        cwd=out,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("Once upon a time")
+    assert run_program(out / "program.py", int(started)).startswith("Once upon a time")

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -71,23 +72,14 @@ def test_the_generated_text_continues_the_prompt(ran: tuple[Path, dict[str, str]
     assert printed.startswith("Return the list of")
 
 
-def test_the_program_of_your_own(ran: tuple[Path, dict[str, str]]) -> None:
+def test_the_program_of_your_own(
+    ran: tuple[Path, dict[str, str]], run_program: Callable[..., str]
+) -> None:
     directory, _ = ran
     (program,) = [text for kind, text in BLOCKS if kind == "python" and "load_model" in text]
     (directory / "program.py").write_text(program)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    done = subprocess.run(
-        [*command, "program.py"],
-        cwd=directory,
-        env=os.environ | {"PYTHONPATH": "shards", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    # Seldom a rank of torch 2.13 aborts so once its program has ended, which is not the program's.
-    aborted = "terminate called without an active exception" in done.stderr
-    assert done.returncode == 0 or aborted, done.stderr
-    assert done.stdout.startswith("Return the list of")
+    said = run_program(directory / "program.py", 2, PYTHONPATH="shards")
+    assert said.startswith("Return the list of")
 
 
 def test_the_lora_recipe(ran: tuple[Path, dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
