@@ -128,9 +128,6 @@ def work(out: Path, job: dict[str, Any], answer: Path) -> None:
     if dist.get_rank() == 0:
         answer.write_text(json.dumps(found))
     dist.destroy_process_group()
-    # Seldom, on two busy cores, a rank of torch 2.13 aborted here or before ("terminate called
-    # without an active exception"): all is written, so Python needn't be taken down.
-    os._exit(0)
 
 
 def run_ranks(out: Path, job: dict[str, Any]) -> dict[str, Any]:

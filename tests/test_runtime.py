@@ -56,6 +56,30 @@ def test_the_ranks_answer_as_the_source_does(
     assert ranks["all_reduces_per_block"] == (2 if tp > 1 else 0)
 
 
+def test_no_thread_of_gloo_outlives_its_group(
+    tpgptq: Run, tiny: Path, tmp_path: Path, run_program: Callable[..., str]
+) -> None:
+    """One that lets go of a tensor while Python is taken down aborts the process."""
+    out = tmp_path / "out"
+    assert tpgptq("convert", "--tp", 1, tiny, out).exit_code == 0
+    program = out / "program.py"
+    program.write_text("""\
+from pathlib import Path
+import torch, torch.distributed as dist
+import tpgptq_runtime
+dist.init_process_group("gloo")
+model = tpgptq_runtime.load_model(Path(__file__).parent)
+dist.all_reduce(torch.ones(1))
+def threads():
+    names = [(task / "comm").read_text() for task in Path("/proc/self/task").iterdir()]
+    return sum("gloo" in name for name in names)
+before = threads()
+dist.destroy_process_group()
+print(before > 0, threads())
+""")
+    assert run_program(program, 1).split() == ["True", "0"]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("tp", [1, 3])
 def test_the_kernels_answer_as_the_source_does(

@@ -33,6 +33,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+if dist.is_available():
+    # transformers imports this. It keeps the group that is the default at that time, and with it
+    # gloo's threads, beyond destroy_process_group; one of these can then abort the end of Python.
+    # Here it comes before there is a group, if this module does.
+    import torch.distributed.nn.functional
+
 try:
     import triton
     import triton.language as tl
@@ -2008,7 +2014,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-    # All is said. Seldom a rank of torch 2.13 aborts while Python is taken down ("terminate called
-    # without an active exception"), and torchrun then calls the whole run failed.
-    sys.stdout.flush()
-    os._exit(0)
