@@ -315,7 +315,7 @@ for (m, n, stored, rings, warps), (dtype, sym) in itertools.product(TILES, KINDS
         **{"partial": "*fp32", "flags": "*i32"},
         **dict.fromkeys(["M", "N", "columns", "tiles"], "i32"),
     }
-    known = dict(HAS_BIAS=True, GS=128, SYM=sym, STORED=stored)
+    known = dict(HAS_BIAS=True, GS=stored // 2, SYM=sym, STORED=stored, WIDTH=4)
     known |= dict(BLOCK_M=m, BLOCK_N=n, RINGS=rings, WARPS=warps)
     source = GluonASTSource(
         kernel,

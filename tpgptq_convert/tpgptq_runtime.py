@@ -18,6 +18,7 @@ import copy
 import functools
 import inspect
 import json
+import math
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -412,39 +413,62 @@ if triton is not None:
         return (t // (STORED // ROWS) * S + j) * STORED + t % (STORED // ROWS) * ROWS
 
     @triton.jit
-    def _lines(
-        table, t, n, N, S: tl.constexpr, STORED: tl.constexpr, ROWS: tl.constexpr, GS: tl.constexpr
-    ):
-        """Columns n of a table (G, N): the line of each slice's group.
+    def _first_line(t, TILE: tl.constexpr, GS: tl.constexpr):
+        """Of stored tile t, in a table of groups."""
+        if GS >= TILE:
+            return t // (GS // TILE)
+        else:
+            return t * (TILE // GS)
 
-        Where no 16 rows share one (GS is an odd multiple of 8), those of the groups of its halves.
-        """
-        HALVES: tl.constexpr = 2 if GS % 16 else 1
-        ODD: tl.constexpr = (S * STORED) % GS != 0 and GS % (S * STORED) != 0
-        lines = (tl.load(table + _row(t, 0, S, STORED, ROWS) // GS * N + n),)
-        for j in tl.static_range(1, HALVES * S):
-            if HALVES == 2 or ODD or j * STORED % GS == 0:
-                row = _row(t, j // HALVES, S, STORED, ROWS) + j % HALVES * 8
-                lines = lines + (tl.load(table + row // GS * N + n),)
-            else:
-                lines = lines + (lines[j - 1],)
+    @triton.jit
+    def _lines(table, t, n, N, TILE: tl.constexpr, GS: tl.constexpr, WIDTH: tl.constexpr):
+        """Columns n of stored tile t's lines of a table, WIDTH of them in a word (BLOCK_N,)."""
+        words = table
+        if WIDTH > 1:
+            words = table.to(tl.pointer_type(tl.int64 if WIDTH == 4 else tl.int32))
+        words += _first_line(t, TILE, GS) // WIDTH * N + n
+        lines = (tl.load(words),)
+        for i in tl.static_range(1, TILE // GS // WIDTH):
+            lines = lines + (tl.load(words + i * N),)
         return lines
 
     @triton.jit
-    def _spread(lines, j: tl.constexpr, ROWS: tl.constexpr, GS: tl.constexpr):
-        """What slice j's weights (BLOCK_N, ROWS) are multiplied with, or less by."""
-        if GS % 16:
-            first = tl.arange(0, ROWS)[None, :] < 8
-            return tl.where(first, lines[2 * j][:, None], lines[2 * j + 1][:, None])
+    def _line(lines, i, dtype: tl.constexpr, WIDTH: tl.constexpr):
+        """The i-th of them (BLOCK_N, 1)."""
+        word = lines[i // WIDTH][:, None]
+        if WIDTH > 1:
+            word = (word >> (i % WIDTH * 16)).to(tl.int16).to(dtype, bitcast=True)
+        return word
+
+    @triton.jit
+    def _spread(
+        lines, row: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr, GS: tl.constexpr,
+        WIDTH: tl.constexpr,
+    ):  # fmt: skip
+        """What a tile's weights (BLOCK_N, ROWS) from `row` on are multiplied with, or less by."""
+        FIRST: tl.constexpr = row // GS
+        if GS >= ROWS:
+            return _line(lines, FIRST, dtype, WIDTH)
         else:
-            return lines[j][:, None]
+            later = tl.arange(0, ROWS)[None, :] // GS
+            if WIDTH > 1:  # ROWS // GS of them lie in one word
+                word = lines[FIRST // WIDTH][:, None]
+                word = word >> ((FIRST % WIDTH + later) * 16).to(word.dtype)
+                return word.to(tl.int16).to(dtype, bitcast=True)
+            else:
+                line = lines[FIRST][:, None]
+                for i in tl.static_range(1, ROWS // GS):
+                    line = tl.where(later >= i, lines[FIRST + i][:, None], line)
+                return line
 
     @triton.jit
     def _weights(
-        words, scales, zeros, dtype: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr,
-        GS: tl.constexpr, SYM: tl.constexpr, FOLD: tl.constexpr, ASM: tl.constexpr,
+        words, scales, zeros, row: tl.constexpr, dtype: tl.constexpr, BITS: tl.constexpr,
+        ROWS: tl.constexpr, STORED: tl.constexpr, GS: tl.constexpr, LINE: tl.constexpr,
+        WIDTH: tl.constexpr, SYM: tl.constexpr, FOLD: tl.constexpr, ASM: tl.constexpr,
     ):  # fmt: skip
-        """The slices' weights (BLOCK_N, ROWS): integers less zeros, and with FOLD times scales."""
+        """The weights (BLOCK_N, ROWS) from `row` of each slice on: integers less zeros, and with
+        FOLD times scales."""
         values = _integers(words, dtype, BITS, ASM)
         if SYM and not FOLD:
             return values
@@ -453,9 +477,11 @@ if triton is not None:
             for j in tl.static_range(16 // BITS):
                 value = values[j]
                 if not SYM:
-                    value = value - _spread(zeros, j, ROWS, GS).to(dtype)
+                    zero = _spread(zeros, j * STORED + row, LINE, ROWS, GS, WIDTH)
+                    value = value - zero.to(dtype)
                 if FOLD:
-                    value = value * _spread(scales, j, ROWS, GS).to(dtype)
+                    scale = _spread(scales, j * STORED + row, LINE, ROWS, GS, WIDTH)
+                    value = value * scale.to(dtype)
                 weights = weights + (value,)
             return weights
 
@@ -463,119 +489,128 @@ if triton is not None:
     def _one_token(
         x, perm, packed, scales, zeros, N, K, tiles, n, lo, hi,
         HAS_PERM: tl.constexpr, BITS: tl.constexpr, GS: tl.constexpr, SYM: tl.constexpr,
-        STORED: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
+        STORED: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+        ASM: tl.constexpr,
     ):  # fmt: skip
         """Tiles lo to hi of one token's products with columns n: (BLOCK_N, 1).
 
-        The S slices of x are columns of one operand, gathered while the tile before is worked on;
-        of the S * S products of slices with slices the S on the diagonal are kept.
+        The S slices of x, or the parts of them that lie in a group each, are columns of one
+        operand, gathered while the tile before is worked on. Of the products of each slice of
+        weights with all columns its own are kept.
         """
         S: tl.constexpr = 16 // BITS
-        FOLD: tl.constexpr = GS % 16 != 0
+        TILE: tl.constexpr = S * STORED
+        PARTS: tl.constexpr = 1 if GS >= STORED else STORED // GS
         r = tl.arange(0, STORED)
+        c = tl.arange(0, S * PARTS)
         words = (
             packed + ((n // 64) * tiles * (64 * STORED) + (n % 64) * STORED)[:, None] + r[None, :]
         )
-        rows = tl.arange(0, S)[None, :] * STORED + r[:, None]
+        rows = (c // PARTS)[None, :] * STORED + r[:, None]
+        own = (c % PARTS)[None, :] == (r // (STORED // PARTS))[:, None]
+        line = c if PARTS > 1 else c * STORED // GS
+        at = (line // WIDTH * N)[None, :] * WIDTH + n[:, None] * WIDTH + (line % WIDTH)[None, :]
         last = hi - 1
-        k = lo * S * STORED + rows
-        if HAS_PERM:
-            k = tl.load(perm + k)
-        operand = tl.load(x + k, mask=(k >= 0) & (k < K), other=0.0)
-        k = tl.minimum(lo + 1, last) * S * STORED + rows
-        if HAS_PERM:
-            k = tl.load(perm + k)
-        scale = _lines(scales, lo, n, N, S, STORED, STORED, GS)
+        operand = _operand(x, _places(perm, lo * TILE + rows, own, HAS_PERM), K)
+        k = _places(perm, tl.minimum(lo + 1, last) * TILE + rows, own, HAS_PERM)
+        scale = tl.load(scales + _first_line(lo, TILE, GS) * N + at)
         zero = scale
         if not SYM:
-            zero = _lines(zeros, lo, n, N, S, STORED, STORED, GS)
-        sums = (tl.zeros([BLOCK_N, S], tl.float32),)
-        for _ in tl.static_range(1, S):
-            sums = sums + (tl.zeros([BLOCK_N, S], tl.float32),)
+            zero = tl.load(zeros + _first_line(lo, TILE, GS) * N + at)
+        total = tl.zeros([BLOCK_N, S * PARTS], tl.float32)
         for t in tl.range(lo, hi, num_stages=STAGES):
             block = tl.load(words + t * (64 * STORED))
-            next_operand = tl.load(x + k, mask=(k >= 0) & (k < K), other=0.0)
+            next_operand = _operand(x, k, K)
             following = tl.minimum(t + 1, last)
-            next_scale = _lines(scales, following, n, N, S, STORED, STORED, GS)
+            next_scale = tl.load(scales + _first_line(following, TILE, GS) * N + at)
             next_zero = next_scale
             if not SYM:
-                next_zero = _lines(zeros, following, n, N, S, STORED, STORED, GS)
-            k = tl.minimum(t + 2, last) * S * STORED + rows
-            if HAS_PERM:
-                k = tl.load(perm + k)
-            weights = _weights(
-                block, scale, zero, x.dtype.element_ty, BITS, STORED, GS, SYM, FOLD, ASM
-            )
-            new = ()
-            for j in tl.static_range(S):
-                if FOLD:
-                    new = new + (tl.dot(weights[j], operand, sums[j]),)
-                else:
-                    new = new + (
-                        sums[j] + tl.dot(weights[j], operand) * scale[j].to(tl.float32)[:, None],
-                    )
-            sums = new
+                next_zero = tl.load(zeros + _first_line(following, TILE, GS) * N + at)
+            k = _places(perm, tl.minimum(t + 2, last) * TILE + rows, own, HAS_PERM)
+            values = _integers(block, x.dtype.element_ty, BITS, ASM)
+            product = tl.dot(values[0], operand)
+            for j in tl.static_range(1, S):
+                product = tl.where((c // PARTS)[None, :] == j, tl.dot(values[j], operand), product)
+            if not SYM:
+                product -= zero.to(tl.float32) * tl.sum(operand.to(tl.float32), 0)[None, :]
+            total += product * scale.to(tl.float32)
             operand = next_operand
             scale = next_scale
             zero = next_zero
-        diagonal = sums[0]
-        for j in tl.static_range(1, S):
-            diagonal = tl.where(tl.arange(0, S)[None, :] == j, sums[j], diagonal)
-        return tl.sum(diagonal, 1)[:, None]
+        return tl.sum(total, 1)[:, None]
+
+    @triton.jit
+    def _places(perm, k, own, HAS_PERM: tl.constexpr):
+        """Which elements of the token feed rows k, -1 where a row isn't the column's own."""
+        if HAS_PERM:
+            return tl.load(perm + k, mask=own, other=-1)
+        else:
+            return tl.where(own, k, -1)
+
+    @triton.jit
+    def _operand(x, k, K):
+        return tl.load(x + k, mask=(k >= 0) & (k < K), other=0.0)
 
     @triton.jit
     def _tokens(
         x, packed, scales, zeros, M, N, K, tiles, stride, m, n, lo, hi,
         BITS: tl.constexpr, GS: tl.constexpr, SYM: tl.constexpr, EVEN: tl.constexpr,
-        STORED: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-        FOLD: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
+        STORED: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr,
+        BLOCK_N: tl.constexpr, FOLD: tl.constexpr, STAGES: tl.constexpr, ASM: tl.constexpr,
     ):  # fmt: skip
-        """Tiles lo to hi of the products of tokens m with columns n: (BLOCK_N, BLOCK_M)."""
+        """Tiles lo to hi of the products of tokens m with columns n: (BLOCK_N, BLOCK_M).
+
+        PIECE rows of a slice at a time, which lie in one group, but for groups of 8.
+        """
         S: tl.constexpr = 16 // BITS
-        ODD: tl.constexpr = (S * STORED) % GS != 0 and GS % (S * STORED) != 0
-        r = tl.arange(0, ROWS)
+        TILE: tl.constexpr = S * STORED
+        LINE: tl.constexpr = scales.dtype.element_ty
+        SHARES: tl.constexpr = STORED // ROWS  # of a stored tile
+        PIECE: tl.constexpr = ROWS if GS >= ROWS else 16
+        r = tl.arange(0, PIECE)
         words = (
             packed
-            + ((n // 64) * (tiles // (STORED // ROWS)) * (64 * STORED) + (n % 64) * STORED)[:, None]
+            + ((n // 64) * (tiles // SHARES) * (64 * STORED) + (n % 64) * STORED)[:, None]
             + r[None, :]
         )
         tokens = x + m.to(tl.int64)[None, :] * stride + r[:, None]
         there = (m < M)[None, :]
         last = hi - 1
-        scale = _lines(scales, lo, n, N, S, STORED, ROWS, GS)
+        scale = _lines(scales, lo // SHARES, n, N, TILE, GS, WIDTH)
         zero = scale
         if not SYM:
-            zero = _lines(zeros, lo, n, N, S, STORED, ROWS, GS)
+            zero = _lines(zeros, lo // SHARES, n, N, TILE, GS, WIDTH)
         total = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
         for t in tl.range(lo, hi, num_stages=STAGES):
-            block = tl.load(
-                words + t // (STORED // ROWS) * (64 * STORED) + t % (STORED // ROWS) * ROWS
-            )
-            following = tl.minimum(t + 1, last)
-            next_scale = _lines(scales, following, n, N, S, STORED, ROWS, GS)
+            stored = words + t // SHARES * (64 * STORED) + t % SHARES * ROWS
+            following = tl.minimum(t + 1, last) // SHARES
+            next_scale = _lines(scales, following, n, N, TILE, GS, WIDTH)
             next_zero = next_scale
             if not SYM:
-                next_zero = _lines(zeros, following, n, N, S, STORED, ROWS, GS)
-            weights = _weights(
-                block, scale, zero, x.dtype.element_ty, BITS, ROWS, GS, SYM, FOLD, ASM
-            )
-            part = total
-            for j in tl.static_range(S):
-                row = _row(t, j, S, STORED, ROWS)
-                if EVEN:
-                    operand = tl.load(tokens + row, mask=there, other=0.0)
-                else:
-                    inside = there & (row + r < K)[:, None]
-                    operand = tl.load(tokens + row, mask=inside, other=0.0)
-                if FOLD:
-                    total = tl.dot(weights[j], operand, total)
-                else:
-                    if j == 0 or ODD or j * STORED % GS == 0:
-                        part = tl.dot(weights[j], operand)
+                next_zero = _lines(zeros, following, n, N, TILE, GS, WIDTH)
+            for at in tl.static_range(0, ROWS, PIECE):
+                weights = _weights(
+                    tl.load(stored + at), scale, zero, at, x.dtype.element_ty, BITS, PIECE,
+                    STORED, GS, LINE, WIDTH, SYM, FOLD, ASM,
+                )  # fmt: skip
+                part = total
+                for j in tl.static_range(S):
+                    row = _row(t, j, S, STORED, ROWS) + at
+                    if EVEN:
+                        operand = tl.load(tokens + row, mask=there, other=0.0)
                     else:
-                        part = tl.dot(weights[j], operand, part)
-                    if j == S - 1 or ODD or (j + 1) * STORED % GS == 0:
-                        total += part * scale[j].to(tl.float32)[:, None]
+                        inside = there & (row + r < K)[:, None]
+                        operand = tl.load(tokens + row, mask=inside, other=0.0)
+                    if FOLD:
+                        total = tl.dot(weights[j], operand, total)
+                    else:
+                        if PIECE < ROWS or j == 0 or j * STORED % GS == 0:
+                            part = tl.dot(weights[j], operand)
+                        else:
+                            part = tl.dot(weights[j], operand, part)
+                        if PIECE < ROWS or j == S - 1 or (j + 1) * STORED % GS == 0:
+                            line = _line(scale, (j * STORED + at) // GS, LINE, WIDTH)
+                            total += part * line.to(tl.float32)
             scale = next_scale
             zero = next_zero
         return total
@@ -585,9 +620,9 @@ if triton is not None:
         M, x, perm, packed, scales, zeros, bias, out, partial, counters,
         N, K, columns, tiles, stride, splits,
         HAS_PERM: tl.constexpr, HAS_BIAS: tl.constexpr, BITS: tl.constexpr, GS: tl.constexpr,
-        SYM: tl.constexpr, EVEN: tl.constexpr, STORED: tl.constexpr, ROWS: tl.constexpr,
-        BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FOLD: tl.constexpr, STAGES: tl.constexpr,
-        ASM: tl.constexpr, EARLY: tl.constexpr,
+        SYM: tl.constexpr, EVEN: tl.constexpr, STORED: tl.constexpr, WIDTH: tl.constexpr,
+        ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FOLD: tl.constexpr,
+        STAGES: tl.constexpr, ASM: tl.constexpr, EARLY: tl.constexpr,
     ):  # fmt: skip
         """out (M, columns) = x (M, K) @ W, one block of it over one of `splits` parts of K's tiles.
 
@@ -604,12 +639,12 @@ if triton is not None:
         if BLOCK_M == 1:
             total = _one_token(
                 x, perm, packed, scales, zeros, N, K, tiles, n, lo, hi,
-                HAS_PERM, BITS, GS, SYM, STORED, BLOCK_N, STAGES, ASM,
+                HAS_PERM, BITS, GS, SYM, STORED, WIDTH, BLOCK_N, STAGES, ASM,
             )  # fmt: skip
         else:
             total = _tokens(
                 x, packed, scales, zeros, M, N, K, tiles, stride, m, n, lo, hi,
-                BITS, GS, SYM, EVEN, STORED, ROWS, BLOCK_M, BLOCK_N, FOLD, STAGES, ASM,
+                BITS, GS, SYM, EVEN, STORED, WIDTH, ROWS, BLOCK_M, BLOCK_N, FOLD, STAGES, ASM,
             )  # fmt: skip
         done = True
         if splits > 1:
@@ -640,7 +675,7 @@ if triton is not None:
     @triton.jit
     def _expand(
         packed, scales, zeros, out, N, tiles, BITS: tl.constexpr, GS: tl.constexpr,
-        SYM: tl.constexpr, STORED: tl.constexpr, ASM: tl.constexpr,
+        SYM: tl.constexpr, STORED: tl.constexpr, WIDTH: tl.constexpr, ASM: tl.constexpr,
     ):  # fmt: skip
         """Tile by tile the weights of 64 columns each, into out (N, K')."""
         S: tl.constexpr = 16 // BITS
@@ -650,12 +685,14 @@ if triton is not None:
         block = (tl.program_id(1) * tiles + t).to(tl.int64) * (64 * STORED)
         words = tl.load(packed + block + n[:, None] * STORED + r[None, :])
         n += tl.program_id(1) * 64
-        scale = _lines(scales, t, n, N, S, STORED, STORED, GS)
+        scale = _lines(scales, t, n, N, S * STORED, GS, WIDTH)
         zero = scale
         if not SYM:
-            zero = _lines(zeros, t, n, N, S, STORED, STORED, GS)
-        dtype: tl.constexpr = out.dtype.element_ty
-        weights = _weights(words, scale, zero, dtype, BITS, STORED, GS, SYM, True, ASM)
+            zero = _lines(zeros, t, n, N, S * STORED, GS, WIDTH)
+        weights = _weights(
+            words, scale, zero, 0, out.dtype.element_ty, BITS, STORED, STORED, GS,
+            scales.dtype.element_ty, WIDTH, SYM, True, ASM,
+        )  # fmt: skip
         for j in tl.static_range(S):
             k = (t * S + j) * STORED + r
             tl.store(out + n.to(tl.int64)[:, None] * (tiles * S * STORED) + k[None, :], weights[j])
@@ -736,22 +773,43 @@ if gluon is not None:
         _load(tokens, [m, row], bar, xs.index(buffer), pred=wanted)
 
     @gluon.jit
-    def _group_lines(table, t, N, STORED: gl.constexpr, GS: gl.constexpr):
-        """As `_lines`, where each slice lies in one group."""
-        ODD: gl.constexpr = 4 * STORED % GS != 0 and GS % (4 * STORED) != 0
-        lines = (gl.load(table + t * 4 * STORED // GS * N),)
-        for j in gl.static_range(1, 4):
-            if ODD or j * STORED % GS == 0:
-                lines = lines + (gl.load(table + (t * 4 + j) * STORED // GS * N),)
-            else:
-                lines = lines + (lines[j - 1],)
+    def _group_lines(table, t, n, N, STORED: gl.constexpr, GS: gl.constexpr, WIDTH: gl.constexpr):
+        """As `_lines`."""
+        TILE: gl.constexpr = 4 * STORED
+        words = table
+        if WIDTH > 1:
+            words = table.to(gl.pointer_type(gl.int64 if WIDTH == 4 else gl.int32))
+        words += (t * TILE // GS if GS < TILE else t // (GS // TILE)) // WIDTH * N + n
+        lines = (gl.load(words),)
+        for i in gl.static_range(1, TILE // GS // WIDTH):
+            lines = lines + (gl.load(words + i * N),)
         return lines
+
+    @gluon.jit
+    def _group_spread(
+        lines, j: gl.constexpr, rows, dtype: gl.constexpr, STORED: gl.constexpr,
+        GS: gl.constexpr, WIDTH: gl.constexpr,
+    ):  # fmt: skip
+        """As `_spread`, of 16 bits."""
+        FIRST: gl.constexpr = j * STORED // GS
+        word = lines[FIRST // WIDTH][:, None]
+        if WIDTH == 1:
+            return word
+        else:
+            place = FIRST % WIDTH
+            if GS < STORED:
+                place += rows[None, :] // GS
+                word = word >> (place * 16).to(word.dtype)
+            else:
+                word = word >> (place * 16)
+            return word.to(gl.int16).to(dtype, bitcast=True)
 
     @gluon.jit(do_not_specialize=["M"])
     def _product_on_hopper(
         M, tokens, words, scales, zeros, bias, out, partial, flags, N, columns, tiles,
         HAS_BIAS: gl.constexpr, GS: gl.constexpr, SYM: gl.constexpr, STORED: gl.constexpr,
-        BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, RINGS: gl.constexpr, WARPS: gl.constexpr,
+        WIDTH: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, RINGS: gl.constexpr,
+        WARPS: gl.constexpr,
     ):  # fmt: skip
         """out (M, columns) = tokens (M, K) @ W of 4 bits, for many tokens.
 
@@ -763,6 +821,7 @@ if gluon is not None:
         """
         AHEAD: gl.constexpr = RINGS * 4 - 1
         dtype: gl.constexpr = tokens.dtype
+        line: gl.constexpr = scales.dtype.element_ty
         mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, BLOCK_M, 16])
         operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
         rows: gl.constexpr = gl.BlockedLayout([8, 1], [16, 2], [1, WARPS], [0, 1])
@@ -777,6 +836,7 @@ if gluon is not None:
         for i in gl.static_range(2):
             mbarrier.init(wbars.index(i), count=1)
         operand_n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, operand))
+        operand_k = gl.arange(0, STORED, layout=gl.SliceLayout(0, operand))
         mma_n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, mma))
         mma_m = gl.arange(0, BLOCK_M, layout=gl.SliceLayout(0, mma))
         out_n = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, rows))
@@ -799,25 +859,27 @@ if gluon is not None:
         for i in gl.static_range(AHEAD):
             _fetch_tokens(tokens, xs, xbars, m, first, last, count, i, RINGS, STORED, BLOCK_M)
         while high > low:
-            scale = _group_lines(scales + n + operand_n, first, N, STORED, GS)
+            scale = _group_lines(scales, first, n + operand_n, N, STORED, GS, WIDTH)
             zero = scale
             if not SYM:
-                zero = _group_lines(zeros + n + operand_n, first, N, STORED, GS)
+                zero = _group_lines(zeros, first, n + operand_n, N, STORED, GS, WIDTH)
             total = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, mma)
             weights = gl.zeros([BLOCK_N, STORED], dtype, operand)
             for t in range(first, last):
                 following = gl.minimum(t + 1, last - 1)
-                next_scale = _group_lines(scales + n + operand_n, following, N, STORED, GS)
+                next_scale = _group_lines(scales, following, n + operand_n, N, STORED, GS, WIDTH)
                 next_zero = next_scale
                 if not SYM:
-                    next_zero = _group_lines(zeros + n + operand_n, following, N, STORED, GS)
+                    next_zero = _group_lines(zeros, following, n + operand_n, N, STORED, GS, WIDTH)
                 mbarrier.wait(wbars.index(count % 2), count // 2 & 1)
                 packed = ws.index(count % 2).load(operand)
                 for j in gl.static_range(4):
+                    times = _group_spread(scale, j, operand_k, line, STORED, GS, WIDTH).to(dtype)
+                    less = _group_spread(zero, j, operand_k, line, STORED, GS, WIDTH).to(dtype)
                     more = gl.inline_asm_elementwise(
                         _slice_asm(j, "fp16" if dtype == gl.float16 else "bf16", SYM),
                         "=r,r,r,r",
-                        [packed, scale[j].to(dtype)[:, None], zero[j].to(dtype)[:, None]],
+                        [packed, times, less],
                         dtype=tokens.dtype,
                         is_pure=True,
                         pack=2,
@@ -901,10 +963,11 @@ class Launch(NamedTuple):
 class Arranged(NamedTuple):
     """Layers of one input side by side, as the kernels read them: `arrange` makes it.
 
-    packed int16 (N'/64, K'/(S * STORED), 64, STORED), S = 16 // bits; scales (G', N'); zeros
-    (G', N') less 2**(bits - 1), None where all are that; perm int32 (K',), -1 for a row of zeros,
-    None: the identity; bias (N',) or None. K' and N' are K and N (out_features) rounded up to whole
-    blocks.
+    packed int16 (N'/64, K'/(S * STORED), 64, STORED), S = 16 // bits; scales (G'/W, N', W), those
+    of W groups that follow one another, in the same S * STORED rows, side by side; zeros (G'/W, N',
+    W) less 2**(bits - 1), None where all are that; perm int32 (K',), -1 for a row of zeros, None:
+    the identity; bias (N',) or None. K' and N' are K and N (out_features) rounded up to whole
+    blocks. group_size divides S * STORED or is a multiple of it.
     """
 
     packed: Tensor
@@ -939,9 +1002,13 @@ class Arranged(NamedTuple):
         steps = torch.stack(values, 2).permute(1, 2, 4, 0, 3).reshape(self.rows, self.columns)
         steps = steps - 2 ** (self.bits - 1)
         group = torch.arange(self.rows, device=steps.device) // self.group_size
+
+        def of_rows(table: Tensor) -> Tensor:
+            return table.transpose(1, 2).flatten(0, 1)[group]
+
         if self.zeros is not None:
-            steps = steps - self.zeros[group].to(steps.dtype)
-        weight: Tensor = steps.to(dtype) * self.scales[group].to(dtype)
+            steps = steps - of_rows(self.zeros).to(steps.dtype)
+        weight: Tensor = steps.to(dtype) * of_rows(self.scales).to(dtype)
         return weight
 
     def gather(self, x: Tensor) -> Tensor:
@@ -992,15 +1059,33 @@ def arrange(
             [layer.get("bias", zero) for layer, zero in zip(layers, none, strict=True)]
         )
 
-    size = 1 << 30 if groups == 1 else size
-    stored = next((stored for stored in (64, 32) if size % stored == 0), 16)
     slices = 16 // bits
+    if groups == 1:
+        size = 1 << 30
+    else:
+        live = torch.ones(len(values), dtype=torch.bool, device=values.device)
+        if perm is not None:
+            live = (values.view(groups, size, -1) != (zeros + middle).unsqueeze(1)).any(2).flatten()
+            live[0] = True
+        piece = _best_piece(live, size, bits)
+        kept = live.view(-1, piece).any(1)
+        values = values.view(-1, piece, values.shape[1])[kept].flatten(0, 1)
+        perm = None if perm is None else perm.view(-1, piece)[kept].flatten()
+        scales, zeros = (t.repeat_interleave(size // piece, 0)[kept] for t in (scales, zeros))
+        groups, size = len(scales), piece
+    stored = _stored(size)
     surplus = -len(values) % (slices * stored)
     values = nn.functional.pad(values, (0, 0, 0, surplus), value=middle)
     if perm is not None:
         perm = nn.functional.pad(perm, (0, surplus), value=-1).int().clone()  # aligned
     more = -(-len(values) // size) - groups
-    scales, zeros = (nn.functional.pad(table, (0, 0, 0, more)) for table in (scales, zeros))
+    together = max(1, slices * stored // size) if scales.element_size() == 2 else 1
+    scales, zeros = (
+        nn.functional.pad(table, (0, 0, 0, more))
+        .view(-1, min(4, together), values.shape[1])
+        .transpose(1, 2)
+        for table in (scales, zeros)
+    )
     parts = values.to(torch.int16).view(-1, slices, stored, values.shape[1] // 64, 64)
     parts = parts.permute(3, 0, 1, 4, 2)  # columns / 64, blocks, slices, 64, rows of a slice
     packed = parts[:, :, 0].clone(memory_format=torch.contiguous_format)
@@ -1017,6 +1102,30 @@ def arrange(
         group_size=size,
         out_features=columns,
     )
+
+
+def _stored(group_size: int) -> int:
+    """Rows of a slice, as the kernels read it."""
+    return 64 if group_size % 64 == 0 else 32
+
+
+def _best_piece(live: Tensor, size: int, bits: int) -> int:
+    """Into pieces of how many rows groups of `size` rows are best cut.
+
+    live (K,): whether a row has a weight that isn't zero. Pieces without such a row needn't be
+    kept; each of the others has scales of its own to read, which counts twice: the more there are,
+    the longer does a product with some tokens take.
+    """
+
+    def fitting(piece: int) -> int:
+        tile = 16 // bits * _stored(piece)
+        return piece if piece % tile == 0 else math.gcd(piece, tile)
+
+    def cost(piece: int) -> float:
+        return int(live.view(-1, piece).any(1).sum()) * (piece * bits / 8 + 2 * 2)
+
+    cuts = [n for n in (1, 2, 4) if n == 1 or size // n % 16 == 0]
+    return min((fitting(size // n) for n in cuts), key=cost)
 
 
 _COUNTERS = 1024  # blocks that may be shared out among programs
@@ -1074,29 +1183,37 @@ def _key(tokens: int, layer: Arranged) -> str:
 
 
 def default_launch(tokens: int, layer: Arranged) -> Launch:
-    """A launch that was good for layers of Llama-2-70B on an H100."""
+    """A launch that was good for layers of Llama-2-70B on an H200."""
     rows, columns = layer.stored, layer.columns
     processors = _abilities(layer.packed.device).processors
     wide = 128 if columns % 128 == 0 else 64
-    if rows == 32 and tokens <= 16:
-        launch = Launch(1 if tokens == 1 else 16, wide, rows, False, 3, 4, 1)
-        programs = 4 * processors
+    few, fewer = columns < 64 * processors, columns < 48 * processors
+    if tokens == 1 and layer.perm is None:
+        launch, each = Launch(1, 64, rows, False, 2, 2, 1), 8.0
     elif tokens == 1:
-        few = rows < 64 or columns < 64 * processors
-        launch = Launch(1, 64, rows, False, 2 if few else 3, 4 if few else 2, 1)
-        programs = (5 if few and rows == 64 else 7) * processors
+        launch, each = Launch(1, 64, rows, False, 2 if few else 3, 4, 1), 7.0
+    elif tokens <= 16 and rows < 64:
+        launch, each = Launch(16, wide, rows, True, 3 if layer.group_size >= rows else 2, 4, 1), 4.0
+    elif tokens <= 16 and few:
+        launch, each = Launch(16, 64, rows, False, 2 if fewer else 3, 4, 1), 5.0
+    elif tokens <= 16:
+        launch, each = Launch(16, wide, rows, True, 3, 4, 1), 2.0
+    elif tokens <= 32 and rows < 64:
+        launch, each = Launch(32, 64, rows, False, 3, 4, 1), 4.0
+    elif tokens <= 32 and columns > 60 * processors:
+        launch, each = Launch(32, wide, rows, False, 3, 4, 1), 2.0
+    elif tokens <= 32:
+        launch, each = Launch(32, 64, rows, False, 3 if fewer else 2, 4, 1), 2.5 if fewer else 4.0
     elif tokens <= 64:
-        height = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
-        launch = Launch(height, wide, min(rows, 2048 // height), rows < 64 or height == 64, 3, 4, 1)
-        programs = 5 * processors // 2
-        if columns // wide * 16 < programs:
-            launch = launch._replace(BLOCK_N=64)
+        launch, each = Launch(64, wide, 32, True, 3, 4, 1), 2.5
     else:
-        launch = Launch(128, wide, min(32, rows), True, 3, 4, 1)
-        programs = 2 * processors
+        launch, each = Launch(128, wide, 32, True, 3, 4, 1), 2.0
+    programs = int(each * processors)
+    if tokens <= 64 and columns // wide * 16 < programs:
+        launch = launch._replace(BLOCK_N=64)
     blocks = -(-tokens // launch.BLOCK_M) * (columns // launch.BLOCK_N)
     tiles = layer.rows // (launch.ROWS * 16 // layer.bits)
-    splits = 1 if blocks > _COUNTERS else max(1, min(programs // blocks, tiles // 2, 16))
+    splits = 1 if blocks > _COUNTERS else max(1, min(programs // blocks, tiles * 2 // 3, 16))
     return launch._replace(splits=splits)
 
 
@@ -1111,7 +1228,7 @@ def launches(tokens: int, layer: Arranged) -> list[Launch]:
             Launch(1, width, layer.stored, False, stages, warps, 1)
             for width in widths[:2]
             for stages in (2, 3)
-            for warps in (2, 4)
+            for warps in (2, 4, 8)
         ]
     elif tokens <= 64:
         found += [
@@ -1202,8 +1319,8 @@ def multiply(x: Tensor, layer: Arranged) -> Tensor:
 
 
 def _runs_on_hopper(tokens: int, layer: Arranged) -> bool:
-    fits = layer.bits == 4 and layer.stored >= 32
     some = _SOME <= tokens < _MANY_ON_HOPPER
+    fits = layer.bits == 4 and layer.scales.element_size() == 2
     return fits and some and _abilities(layer.packed.device).hopper
 
 
@@ -1250,6 +1367,7 @@ def multiply_on_hopper(x: Tensor, layer: Arranged, block_m: int | None = None) -
         GS=layer.group_size,
         SYM=layer.zeros is None,
         STORED=stored,
+        WIDTH=layer.scales.shape[2],
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         RINGS=(2 if block_m == 64 else 1) * 64 // stored,
@@ -1321,6 +1439,7 @@ def multiply_packed(x: Tensor, layer: Arranged, launch: Launch | None = None) ->
         SYM=layer.zeros is None,
         EVEN=width == layer.rows,
         STORED=layer.stored,
+        WIDTH=layer.scales.shape[2],
         ROWS=launch.ROWS,
         BLOCK_M=launch.BLOCK_M,
         BLOCK_N=launch.BLOCK_N,
@@ -1369,6 +1488,7 @@ def _expanded(layer: Arranged, columns: slice, dtype: torch.dtype) -> Tensor:
         GS=layer.group_size,
         SYM=layer.zeros is None,
         STORED=layer.stored,
+        WIDTH=layer.scales.shape[2],
         ASM=_abilities(out.device).assembly,
     )
     return out
