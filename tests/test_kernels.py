@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tpgptq_convert import tpgptq_runtime
-from tpgptq_convert.packing import pack_cols, pack_rows
+from tpgptq_convert.packing import pack_cols, pack_rows, unpack_rows
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Triton's interpreter has no arithmetic for bfloat16.
@@ -57,6 +57,7 @@ def shard(
     perm: bool = True,
     dead: bool = False,
     bias: bool = False,
+    scales: torch.dtype = torch.float16,
     seed: int = 0,
 ) -> dict[str, Tensor]:
     """Random tensors of a rank's layer; dead: some rows at each group's end are padding."""
@@ -74,7 +75,7 @@ def shard(
     tensors = {
         "qweight": pack_rows(values.int(), bits),
         "qzeros": pack_cols(stored.int(), bits),
-        "scales": (torch.rand(groups, n) * 0.01 + 0.002).half(),
+        "scales": (torch.rand(groups, n) * 0.01 + 0.002).to(scales),
     }
     if perm:
         tensors["perm"] = torch.randint(0, k, (k,), dtype=torch.int32)
@@ -106,6 +107,11 @@ CASES = {
     "g24": {"k": 240, "n": 64, "group_size": 24},
     "g48": {"k": 384, "n": 64, "group_size": 48},
     "g192": {"k": 768, "n": 64, "group_size": 192, "sym": False},
+    "32-bit scales, g32": {"k": 256, "n": 64, "group_size": 32, "scales": torch.float32},
+    "32-bit scales, g16": {
+        **{"k": 192, "n": 64, "group_size": 16, "sym": False},
+        "scales": torch.float32,
+    },
     "one group": {"k": 448, "n": 64, "group_size": 448},
     "odd sizes": {"k": 320, "n": 104, "group_size": 32, "perm": False, "bias": True},
     "padding": {"k": 1024, "n": 64, "group_size": 32, "dead": True, "sym": False},
@@ -135,7 +141,7 @@ def test_every_format(runtime: ModuleType, case: dict[str, Any], dtype: torch.dt
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 2, 3, 16, 17, 63, 100])
-@pytest.mark.parametrize("group_size", [128, 32, 8])
+@pytest.mark.parametrize("group_size", [128, 32, 16, 8])
 def test_every_number_of_tokens(
     runtime: ModuleType, group_size: int, tokens: int, dtype: torch.dtype
 ) -> None:
@@ -148,12 +154,16 @@ def test_every_number_of_tokens(
 @pytest.mark.parametrize("fold", [False, True])
 @pytest.mark.parametrize("splits", [1, 2, 3])
 @pytest.mark.parametrize(
-    "sizes", [(1, 64, 64), (1, 128, 64), (16, 64, 32), (32, 128, 64), (128, 128, 16)]
+    ("group_size", "sizes"),
+    [
+        *[(128, sizes) for sizes in ((1, 64, 64), (16, 64, 32), (32, 128, 64), (128, 128, 16))],
+        *[(16, sizes) for sizes in ((1, 128, 32), (16, 64, 32), (128, 128, 32))],
+    ],
 )
 def test_every_launch_gives_the_same(
-    runtime: ModuleType, sizes: tuple[int, int, int], splits: int, fold: bool
+    runtime: ModuleType, group_size: int, sizes: tuple[int, int, int], splits: int, fold: bool
 ) -> None:
-    tensors = shard(1536, 256, 128)
+    tensors = shard(1536, 256, group_size)
     layer = runtime.arrange([tensors])
     launch = runtime.Launch(*sizes, fold, 3, 4, splits)
     for tokens in (1,) if sizes[0] == 1 else (5, 40):
@@ -162,6 +172,25 @@ def test_every_launch_gives_the_same(
         check(out, x, runtime.QuantLinear(tensors))
         assert torch.equal(out, runtime.multiply_packed(x, layer, launch))
     assert not layer.counters.any()
+
+
+def test_rows_that_only_fill_up_groups_are_left_out(runtime: ModuleType) -> None:
+    tensors = shard(2048, 64, 32)
+    values = unpack_rows(tensors["qweight"], 4)
+    live = torch.arange(2048, device=DEVICE) % 32 < 13
+    values[~live] = 8
+    values[96:128] = 8  # all of a group
+    tensors["qweight"] = pack_rows(values, 4)
+    linear, layer = runtime.QuantLinear(tensors), runtime.arrange([tensors])
+    assert layer.rows == 1024  # 63 groups of 16, up to whole tiles of 128
+    assert layer.packed.numel() * 4 == 1024 * 64
+    for tokens in (1, 16, 40):
+        x = torch.randn(tokens, 2048, device=DEVICE).half()
+        check(runtime.multiply(x, layer), x, linear)
+    values[:] = 8
+    tensors["qweight"] = pack_rows(values, 4)
+    layer = runtime.arrange([tensors])
+    assert not runtime.multiply(torch.randn(1, 2048, device=DEVICE).half(), layer).any()
 
 
 def test_inputs_of_any_shape(runtime: ModuleType) -> None:
@@ -273,6 +302,8 @@ def test_tuning_keeps_the_fastest_launch(runtime: ModuleType, tmp_path: Path) ->
         {"k": 448, "n": 256, "group_size": 448, "perm": False, "sym": False},
         {"k": 320, "n": 104, "group_size": 32, "perm": False, "bias": True},
         {"k": 768, "n": 128, "group_size": 192},
+        {"k": 2048, "n": 512, "group_size": 16, "sym": False},
+        {"k": 2048, "n": 256, "group_size": 8},
         {"k": 14336, "n": 1024, "group_size": 64, "perm": False},
     ],
     ids=str,
@@ -304,6 +335,7 @@ from triton.experimental.gluon.language import NVMMASharedLayout
 from tpgptq_convert.tpgptq_runtime import _product_on_hopper as kernel
 
 TILES = [(64, 128, 64, 2, 4), (128, 64, 64, 1, 4), (256, 128, 64, 1, 8), (256, 128, 32, 2, 8)]
+GROUPS = {64: (128, 2), 32: (16, 4)}  # group size, and groups in a word
 KINDS = [("fp16", True), ("bf16", False)]
 for (m, n, stored, rings, warps), (dtype, sym) in itertools.product(TILES, KINDS):
     layout = repr(NVMMASharedLayout(2 * stored, 16, 2))
@@ -315,7 +347,8 @@ for (m, n, stored, rings, warps), (dtype, sym) in itertools.product(TILES, KINDS
         **{"partial": "*fp32", "flags": "*i32"},
         **dict.fromkeys(["M", "N", "columns", "tiles"], "i32"),
     }
-    known = dict(HAS_BIAS=True, GS=stored // 2, SYM=sym, STORED=stored, WIDTH=4)
+    size, width = GROUPS[stored]
+    known = dict(HAS_BIAS=True, GS=size, SYM=sym, STORED=stored, WIDTH=width)
     known |= dict(BLOCK_M=m, BLOCK_N=n, RINGS=rings, WARPS=warps)
     source = GluonASTSource(
         kernel,
