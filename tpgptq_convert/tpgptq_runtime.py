@@ -1033,8 +1033,8 @@ def arrange(
     """Rearrange shards that share an input and its perm, once, for the kernels.
 
     layers: tensors as in QuantLinear, on the device where they will be used; their columns are put
-    side by side. Costs a few passes over the integers, once; the result is as large as the shards,
-    and holds the same integers and scales.
+    side by side. Costs a few passes over the integers, once; the result is at most as large as the
+    shards, and holds the same integers and scales, but for rows that only fill up a group.
     """
     first = layers[0]
     perm = first.get("perm")
@@ -1062,7 +1062,7 @@ def arrange(
     slices = 16 // bits
     if groups == 1:
         size = 1 << 30
-    else:
+    else:  # groups are cut into pieces, and those that hold padding alone left out
         live = torch.ones(len(values), dtype=torch.bool, device=values.device)
         if perm is not None:
             live = (values.view(groups, size, -1) != (zeros + middle).unsqueeze(1)).any(2).flatten()
@@ -1113,8 +1113,8 @@ def _best_piece(live: Tensor, size: int, bits: int) -> int:
     """Into pieces of how many rows groups of `size` rows are best cut.
 
     live (K,): whether a row has a weight that isn't zero. Pieces without such a row needn't be
-    kept; each of the others has scales of its own to read, which counts twice: the more there are,
-    the longer does a product with some tokens take.
+    kept. Each of the others has scales of its own to read, which count twice here: with 2 to 32
+    tokens pieces of 16 rows take longer for other reasons too.
     """
 
     def fitting(piece: int) -> int:
@@ -1188,7 +1188,7 @@ def default_launch(tokens: int, layer: Arranged) -> Launch:
     processors = _abilities(layer.packed.device).processors
     wide = 128 if columns % 128 == 0 else 64
     few, fewer = columns < 64 * processors, columns < 48 * processors
-    if tokens == 1 and layer.perm is None:
+    if tokens == 1 and layer.perm is None and layer.packed.shape[1] >= 12:
         launch, each = Launch(1, 64, rows, False, 2, 2, 1), 8.0
     elif tokens == 1:
         launch, each = Launch(1, 64, rows, False, 2 if few else 3, 4, 1), 7.0
