@@ -1402,6 +1402,7 @@ def multiply_packed(x: Tensor, layer: Arranged, launch: Launch | None = None) ->
         return out
     able = _abilities(x.device)
     launch = launch or (_TUNED and _TUNED.get(_key(tokens, layer))) or default_launch(tokens, layer)
+    rows = layer.stored if launch.BLOCK_M == 1 else min(launch.ROWS, layer.stored)
     if x.stride(1) != 1:
         x = x.contiguous()
     if launch.BLOCK_M > 1 and layer.perm is not None:
@@ -1429,7 +1430,7 @@ def multiply_packed(x: Tensor, layer: Arranged, launch: Launch | None = None) ->
         layer.columns,
         width,
         layer.out_features,
-        layer.rows // (launch.ROWS * 16 // layer.bits),
+        layer.rows // (rows * 16 // layer.bits),
         x.stride(0),
         launch.splits,
         HAS_PERM=layer.perm is not None,
@@ -1440,7 +1441,7 @@ def multiply_packed(x: Tensor, layer: Arranged, launch: Launch | None = None) ->
         EVEN=width == layer.rows,
         STORED=layer.stored,
         WIDTH=layer.scales.shape[2],
-        ROWS=launch.ROWS,
+        ROWS=rows,
         BLOCK_M=launch.BLOCK_M,
         BLOCK_N=launch.BLOCK_N,
         FOLD=launch.FOLD or layer.group_size % 16 > 0,
