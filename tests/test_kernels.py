@@ -157,7 +157,7 @@ def test_every_number_of_tokens(
     ("group_size", "sizes"),
     [
         *[(128, sizes) for sizes in ((1, 64, 64), (16, 64, 32), (32, 128, 64), (128, 128, 16))],
-        *[(16, sizes) for sizes in ((1, 128, 32), (1, 64, 16), (16, 64, 32), (128, 128, 64))],
+        *[(16, sizes) for sizes in ((1, 128, 32), (1, 64, 16), (16, 64, 16), (128, 128, 64))],
     ],
 )
 def test_every_launch_gives_the_same(

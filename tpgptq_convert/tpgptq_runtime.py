@@ -1402,7 +1402,8 @@ def multiply_packed(x: Tensor, layer: Arranged, launch: Launch | None = None) ->
         return out
     able = _abilities(x.device)
     launch = launch or (_TUNED and _TUNED.get(_key(tokens, layer))) or default_launch(tokens, layer)
-    rows = layer.stored if launch.BLOCK_M == 1 else min(launch.ROWS, layer.stored)
+    whole = launch.BLOCK_M == 1 or layer.group_size < layer.stored  # no parts of slices then
+    rows = layer.stored if whole else min(launch.ROWS, layer.stored)
     if x.stride(1) != 1:
         x = x.contiguous()
     if launch.BLOCK_M > 1 and layer.perm is not None:
