@@ -290,6 +290,16 @@ def test_tuning_keeps_the_fastest_launch(runtime: ModuleType, tmp_path: Path) ->
     )
 
 
+@pytest.mark.parametrize("text", ["", "[]", '{"a": 1}', '{"a": [16, 64, 32, 1, 3, 4, 1]}'])
+def test_a_damaged_file_of_launches_is_refused(
+    runtime: ModuleType, tmp_path: Path, text: str
+) -> None:
+    path = tmp_path / "tuned.json"
+    path.write_text(text)
+    with pytest.raises(runtime.FormatError, match=r"tuned\.json: "):
+        runtime.tune([], path=path)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("block_m", [64, 128, 256])

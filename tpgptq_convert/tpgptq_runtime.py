@@ -1135,6 +1135,7 @@ _MANY_ON_HOPPER = 2048
 _SLAB = 1 << 26  # bytes of expanded weights at a time
 _GATHER = 16384  # longest row that the gather's kernel holds at a time
 _TUNED: dict[str, Launch] = {}
+_LAUNCH = [int, int, int, bool, int, int, int]
 _COMPILED: dict[Any, Any] = {}  # kernels, by all that they are compiled for
 _GLUON = (3, 6), (3, 9)  # versions of Triton whose Gluon the kernel was compiled by
 
@@ -1272,10 +1273,13 @@ def tune(
 
     Takes seconds for each shape. What is known already is not timed again. path: a file that keeps
     the result, for `tune` in another process; measure: times a call, by default triton's do_bench.
+    Raises FormatError where the file holds anything else.
     """
     if path is not None and Path(path).is_file():
-        known = json.loads(Path(path).read_text(encoding="utf-8"))
-        _TUNED.update({key: Launch(*values) for key, values in known.items()})
+        for key, values in _json_object(Path(path)).items():
+            if not isinstance(values, list) or list(map(type, values)) != _LAUNCH:
+                raise FormatError(f"{path}: {key}: not a launch; remove the file, and tune again")
+            _TUNED[key] = Launch(*values)
     if measure is None:
         measure = functools.partial(triton.testing.do_bench, return_mode="median")
     for layer in layers:
