@@ -23,7 +23,7 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 # Of a program Python looks for modules beside it first, where code of the model's may lie.
 if __name__ == "__main__" and Path(sys.path[0]).resolve() == Path(__file__).resolve().parent:
@@ -1069,8 +1069,9 @@ def arrange(
             live[0] = True
         piece = _best_piece(live, size, bits)
         kept = live.view(-1, piece).any(1)
-        values = values.view(-1, piece, values.shape[1])[kept].flatten(0, 1)
-        perm = None if perm is None else perm.view(-1, piece)[kept].flatten()
+        if perm is not None and not kept.all():
+            values = values.view(-1, piece, values.shape[1])[kept].flatten(0, 1)
+            perm = perm.view(-1, piece)[kept].flatten()
         scales, zeros = (t.repeat_interleave(size // piece, 0)[kept] for t in (scales, zeros))
         groups, size = len(scales), piece
     stored = _stored(size)
@@ -1135,7 +1136,6 @@ _MANY_ON_HOPPER = 2048
 _SLAB = 1 << 26  # bytes of expanded weights at a time
 _GATHER = 16384  # longest row that the gather's kernel holds at a time
 _TUNED: dict[str, Launch] = {}
-_LAUNCH = [int, int, int, bool, int, int, int]
 _COMPILED: dict[Any, Any] = {}  # kernels, by all that they are compiled for
 _GLUON = (3, 6), (3, 9)  # versions of Triton whose Gluon the kernel was compiled by
 
@@ -1276,8 +1276,9 @@ def tune(
     Raises FormatError where the file holds anything else.
     """
     if path is not None and Path(path).is_file():
+        types = list(get_type_hints(Launch).values())
         for key, values in _json_object(Path(path)).items():
-            if not isinstance(values, list) or list(map(type, values)) != _LAUNCH:
+            if not isinstance(values, list) or list(map(type, values)) != types:
                 raise FormatError(f"{path}: {key}: not a launch; remove the file, and tune again")
             _TUNED[key] = Launch(*values)
     if measure is None:
